@@ -1,0 +1,1 @@
+"""Compile constant fan-in sparse PyTorch models to fast CPU kernels."""

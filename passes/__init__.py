@@ -1,0 +1,1 @@
+"""Graph passes, one a file; the pipeline itself is the PIPELINE tuple below."""

@@ -1,0 +1,229 @@
+// One vector vocabulary for every ISA: GCC/Clang vector extensions, width chosen by FANIN_VEC_BYTES.
+//   64: AVX-512   32: AVX, AVX2   16: SSE2, NEON   4: one float at a time (any CPU)
+// The width may exceed what the CPU has (the compiler splits the operations), so every width is tested on every host.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__F16C__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if !defined(FANIN_VEC_BYTES)
+#if defined(__AVX512F__)
+#define FANIN_VEC_BYTES 64
+#elif defined(__AVX__)
+#define FANIN_VEC_BYTES 32
+#elif defined(__SSE2__) || defined(__ARM_NEON)
+#define FANIN_VEC_BYTES 16
+#else
+#define FANIN_VEC_BYTES 4
+#endif
+#endif
+
+#define FANIN_INLINE inline __attribute__((always_inline))
+
+namespace fanin {
+
+template <class T, int N>
+struct VecOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T)), aligned(N * sizeof(T))));
+};
+template <class T, int N>
+using Vec = typename VecOf<T, N>::type;
+
+inline constexpr int kLanes = FANIN_VEC_BYTES / 4;          // floats in one vector
+inline constexpr int kPiece = kLanes < 4 ? kLanes : 4;      // floats in one 128-bit piece of it
+using vf = Vec<float, kLanes>;
+using vi = Vec<int32_t, kLanes>;
+using vp = Vec<float, kPiece>;                              // a piece: what a transposing load or store touches in one row
+
+// Storage types; arithmetic is always fp32.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+// ---- whole vectors -------------------------------------------------------------------------------------------------
+
+template <int N>
+FANIN_INLINE Vec<float, N> splat(float a) { return a - Vec<float, N>{}; }
+FANIN_INLINE vf splat(float a) { return splat<kLanes>(a); }
+
+template <class V, class T>
+FANIN_INLINE V load_raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+FANIN_INLINE void store_raw(T* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
+
+// mask lanes are all ones or all zeros, as comparisons give them
+template <int N>
+FANIN_INLINE Vec<float, N> select(Vec<int32_t, N> mask, Vec<float, N> a, Vec<float, N> b) { return mask ? a : b; }
+template <int N>
+FANIN_INLINE Vec<float, N> keep(Vec<int32_t, N> mask, Vec<float, N> a) {
+  return (Vec<float, N>)((Vec<int32_t, N>)a & mask);       // a bit mask, not a product: a NaN in a dropped lane stays out
+}
+
+// ---- half precision: generic over N, the F16C instruction where the CPU has it ----------------------------------------
+
+template <int N>
+FANIN_INLINE Vec<float, N> widen(const float* p) { return load_raw<Vec<float, N>>(p); }
+
+template <int N>
+FANIN_INLINE Vec<float, N> widen(const bf16* p) {
+  const auto h = load_raw<Vec<uint16_t, N>>(p);
+  return (Vec<float, N>)(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);
+}
+
+template <int N>
+FANIN_INLINE Vec<float, N> widen(const f16* p) {
+#if defined(__F16C__)
+  if constexpr (N == 8) return (Vec<float, N>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (N == 4) return (Vec<float, N>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
+  using U = Vec<uint32_t, N>;
+  const U h = __builtin_convertvector(load_raw<Vec<uint16_t, N>>(p), U);
+  const U magnitude = (h & 0x7fffu) << 13;
+  // scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals exact
+  const U scaled = (U)((Vec<float, N>)magnitude * 0x1p112f);
+  const U special = (U)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (Vec<float, N>)(scaled | special | ((h & 0x8000u) << 16));
+}
+
+template <int N>
+FANIN_INLINE void narrow(float* p, Vec<float, N> v) { store_raw(p, v); }
+
+template <int N>
+FANIN_INLINE void narrow(bf16* p, Vec<float, N> v) {
+  using U = Vec<uint32_t, N>;
+  const U u = (U)v;
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;   // to nearest, ties to even
+  const U quiet = (u >> 16) | 0x40u;
+  const U nan = (U)((u & 0x7fffffffu) > 0x7f800000u);
+  store_raw(p, __builtin_convertvector((rounded & ~nan) | (quiet & nan), Vec<uint16_t, N>));
+}
+
+template <int N>
+FANIN_INLINE void narrow(f16* p, Vec<float, N> v) {
+#if defined(__F16C__)
+  if constexpr (N == 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+  if constexpr (N == 4) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  using U = Vec<uint32_t, N>;
+  const U u = (U)v;
+  const U sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  const U normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const U tiny = (U)((Vec<float, N>)a + 0.5f) - 0x3f000000u;  // adding 0.5 rounds at 2^-24, the subnormal spacing
+  const U is_tiny = (U)(a < (113u << 23)), is_big = (U)(a >= 0x477ff000u), is_nan = (U)(a > 0x7f800000u);
+  U h = (tiny & is_tiny) | (normal & ~is_tiny);
+  h = (h & ~is_big) | (0x7c00u & is_big);
+  h = (h & ~is_nan) | (0x7e00u & is_nan);
+  store_raw(p, __builtin_convertvector(h | sign, Vec<uint16_t, N>));
+}
+
+template <class T>
+FANIN_INLINE float widen1(const T* p) { return widen<1>(p)[0]; }
+template <class T>
+FANIN_INLINE void narrow1(T* p, float v) { narrow<1>(p, Vec<float, 1>{v}); }
+
+// ---- pieces: a vector is kLanes / kPiece pieces of kPiece floats -------------------------------------------------------
+
+namespace detail {
+template <int... I>
+FANIN_INLINE vf repeat(vp p, std::integer_sequence<int, I...>) { return __builtin_shufflevector(p, p, (I % kPiece)...); }
+template <int J, int... I>
+FANIN_INLINE vf pick(vf v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I / kPiece * kPiece + J)...);
+}
+template <int M, int... I>
+FANIN_INLINE Vec<float, 2 * M> concat(Vec<float, M> a, Vec<float, M> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, I...);
+}
+template <int B, int... I>
+FANIN_INLINE vp piece(vf v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (B * kPiece + I)...); }
+// lanes (a0 b0 a1 b1) and (a2 b2 a3 b3) of each piece
+template <int H, int... I>
+FANIN_INLINE vf zip1(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + 2 * H + I % 4 / 2 + (I % 2) * kLanes)...);
+}
+// lanes (a0 a1 b0 b1) and (a2 a3 b2 b3) of each piece
+template <int H, int... I>
+FANIN_INLINE vf zip2(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + 2 * H + I % 2 + (I % 4 / 2) * kLanes)...);
+}
+template <int M>
+using seq = std::make_integer_sequence<int, M>;
+}  // namespace detail
+
+FANIN_INLINE vf repeat(vp p) { return detail::repeat(p, detail::seq<kLanes>{}); }
+
+#if FANIN_VEC_BYTES >= 16
+template <class T>
+FANIN_INLINE vf repeat4(const T* p) { return repeat(widen<4>(p)); }
+#if FANIN_VEC_BYTES == 32 && defined(__AVX__)
+FANIN_INLINE vf repeat4(const float* p) {                     // one instruction; the compiler finds two
+  return (vf)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+}
+#endif
+#endif
+
+template <int B>
+FANIN_INLINE vp piece(vf v) { return detail::piece<B>(v, detail::seq<kPiece>{}); }
+
+// piece b of the result comes from get(b)
+template <int M, class Get>
+FANIN_INLINE Vec<float, M> gather_pieces(int first, const Get& get) {
+  if constexpr (M == kPiece) return get(first);
+  else
+    return detail::concat<M / 2>(gather_pieces<M / 2>(first, get), gather_pieces<M / 2>(first + M / 2 / kPiece, get),
+                                 detail::seq<M>{});
+}
+
+// Four consecutive weights, each to be multiplied with a whole vector. One load and four in-register shuffles instead of
+// four broadcast loads: the load ports are what limits the kernels, the shuffle ports are idle.
+struct Weights4 {
+#if FANIN_VEC_BYTES >= 16
+  vf v;
+  template <class T>
+  FANIN_INLINE explicit Weights4(const T* p) : v(repeat4(p)) {
+    // keeps the compiler from turning pick() back into four loads
+#if defined(__AVX512F__) || (defined(__AVX__) && FANIN_VEC_BYTES <= 32)
+    asm("" : "+x"(v));
+#endif
+  }
+  template <int J>
+  FANIN_INLINE vf pick() const { return detail::pick<J>(v, detail::seq<kLanes>{}); }
+#else
+  float v[4];
+  template <class T>
+  FANIN_INLINE explicit Weights4(const T* p) {
+    for (int j = 0; j < 4; ++j) v[j] = widen1(p + j);
+  }
+  template <int J>
+  FANIN_INLINE vf pick() const { return splat(v[J]); }
+#endif
+};
+
+// In-place transpose of each kPiece x kPiece block: lane i of piece b of r[j] <-> lane j of piece b of r[i].
+FANIN_INLINE void transpose_pieces(vf (&r)[kPiece]) {
+  if constexpr (kPiece == 4) {
+    using S = detail::seq<kLanes>;
+    const vf a = detail::zip1<0>(r[0], r[1], S{}), b = detail::zip1<1>(r[0], r[1], S{});
+    const vf c = detail::zip1<0>(r[2], r[3], S{}), d = detail::zip1<1>(r[2], r[3], S{});
+    r[0] = detail::zip2<0>(a, c, S{});
+    r[1] = detail::zip2<1>(a, c, S{});
+    r[2] = detail::zip2<0>(b, d, S{});
+    r[3] = detail::zip2<1>(b, d, S{});
+  }
+}
+
+}  // namespace fanin

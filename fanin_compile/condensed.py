@@ -27,7 +27,7 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CondensedWeight:
-    """The active inputs of every active neuron; to_dense() and mask() give back exactly what from_dense() took.
+    """The active inputs of every active neuron; to_dense() and mask() undo from_dense() exactly.
 
     Attributes:
         values: [n, k] at constant fan-in k, or [nnz] with the rows end to end (ragged).
@@ -55,7 +55,7 @@ class CondensedWeight:
     def from_dense(
         cls, weight: Tensor, mask: Tensor | None = None, *, values_dtype: torch.dtype | None = None
     ) -> CondensedWeight:
-        """Condense a dense weight [out, in/groups, *kernel]; ragged only if the fan-in differs between neurons.
+        """Condense a dense weight [out, in/groups, *kernel]; ragged only if active neurons differ in fan-in.
 
         Args:
             weight: any dtype and strides; read inside the mask only, and copied.

@@ -87,6 +87,8 @@ def find_masked_weight(
         weight = found.detach()
     if weight.is_meta:
         raise MaskError(f"{name} is on the device meta; a weight with values is needed to read its mask")
+    if weight.layout != torch.strided:
+        weight = weight.to_dense()
     masks += _module_masks(module, name, weight)
     if mask is not None:
         masks.append(("user", check_mask(mask, weight)))

@@ -1,0 +1,252 @@
+"""`torch.compile(model, backend="fanin")`: rewrite masked layers while their weights are real tensors, then inductor.
+
+Registered through the entry-point group `torch_dynamo_backends`, so no import is needed; without an installation,
+`torch.compile(model, backend=fanin_compile.fanin)` does the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource
+from torch._guards import install_guard
+from torch._inductor import config as inductor_config
+from torch.compiler import config as compiler_config
+
+from fanin_compile import cost
+from fanin_compile.capture import (
+    Captured,
+    capture,
+    layer_name,
+    relift,
+    static_position,
+    static_target,
+    unlift,
+)
+from fanin_compile.errors import BuildError, RewriteError
+from fanin_compile.freshness import Watch, watch_fused_optimizers
+from fanin_compile.graph import Context, Gate, PipelineResult, run_pipeline
+from fanin_compile.kernels import build
+from fanin_compile.mask import find_masked_weight
+from fanin_compile.options import Options
+from fanin_compile.passes import PIPELINE
+from fanin_compile.records import Skip
+
+log = logging.getLogger("fanin_compile")
+
+# Guarded by Dynamo per compiled graph: raising an entry makes its next call recompile.
+_epochs: dict[int, int] = {}
+_graph_ids = itertools.count()
+_recorders: list[list[Compilation]] = []
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What the backend did with one graph, for reports."""
+
+    result: PipelineResult | None  # None if the graph was handed on untouched
+    untouched: str = ""  # why
+
+    @property
+    def rewritten_layers(self) -> set[str]:
+        return {r.layer for r in self.result.rewritten} if self.result else set()
+
+
+@contextmanager
+def record() -> Iterator[list[Compilation]]:
+    """Collect a Compilation for every graph compiled in this block, in order."""
+    compilations: list[Compilation] = []
+    _recorders.append(compilations)
+    try:
+        yield compilations
+    finally:
+        _recorders.remove(compilations)
+
+
+def fanin(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend. Called by torch.compile; `options` are the fields of fanin_compile.options.Options.
+
+    Raises:
+        OptionError: an unknown option or mode, or a value out of range.
+        RewriteError: with options={"strict": True}, any failure which would otherwise leave the graph untouched.
+    """
+    settings = Options.parse(options, mode)
+    watch_fused_optimizers()
+    try:
+        return _compile(gm, example_inputs, settings)
+    except Exception as error:
+        if settings.strict:
+            raise RewriteError(f"fanin could not compile a graph: {error}") from error
+        _warn_once(f"fanin left a graph untouched after {type(error).__name__}: {error}")
+        _record(Compilation(None, f"{type(error).__name__}: {error}"))
+        return settings.finish(gm, example_inputs)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
+        _record(Compilation(None, "gradients are enabled and needed: weights are not constant"))
+        return settings.finish(gm, example_inputs)
+    with torch.inference_mode(False), torch.no_grad():
+        captured = capture(gm, example_inputs)
+        result = rewrite(captured, settings)
+    _record(Compilation(result))
+    if not result.rewritten:
+        return settings.finish(gm, example_inputs)
+    packed = _packed(captured, result.graph_module)
+    inference = [captured.statics[i] for i in packed if example_inputs[i].is_inference()]
+    if inference:
+        raise RewriteError(
+            f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
+        )
+    rewritten = unlift(result.graph_module)
+    with _own_cache_key():
+        compiled = settings.finish(rewritten, example_inputs)
+    return _FreshGraph(compiled, gm, captured, rewritten, settings, packed, example_inputs)
+
+
+def _packed(captured: Captured, rewritten: fx.GraphModule) -> tuple[int, ...]:
+    """The positions of static inputs which a pass read the values of: some use of theirs is gone."""
+
+    def users(gm: fx.GraphModule) -> dict[int, int]:
+        nodes = gm.graph.find_nodes(op="get_attr")
+        return {i: len(n.users) for n in nodes if (i := static_position(str(n.target))) is not None}
+
+    before, after = users(captured.graph_module), users(rewritten)
+    return tuple(i for i, count in before.items() if after.get(i, 0) < count)
+
+
+def rewrite(captured: Captured, settings: Options) -> PipelineResult:
+    """Run the passes over a captured graph, reading masks and names from the modules its weights belong to."""
+    masks: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for i, source in captured.statics.items():
+        names[static_target(i)] = layer_name(source)
+        if i in captured.owners:
+            module, parameter = captured.owners[i]
+            found = find_masked_weight(module, parameter)
+            if found is not None and found.source in ("buffer", "user", "module"):
+                masks[static_target(i)] = found.mask
+    ctx = Context(_gate(settings), masks, names, settings.values_dtype)
+    return run_pipeline(captured.graph_module, PIPELINE, ctx)
+
+
+def _gate(settings: Options) -> Gate:
+    try:
+        build.load()
+    except BuildError as error:
+        if settings.strict:
+            raise
+        _warn_once(f"fanin keeps every layer dense: {error}")
+        missing = str(error)
+        return lambda layer: Skip(layer.name, "no native kernels", {"error": missing})
+    return cost.gate if settings.cost_gate else lambda layer: None
+
+
+class _FreshGraph:
+    """A compiled graph which packs its weights anew, or steps aside, when they are no longer those it was made for."""
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        original: fx.GraphModule,
+        captured: Captured,
+        rewritten: fx.GraphModule,
+        settings: Options,
+        packed: tuple[int, ...],
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._compiled, self._original = compiled, original
+        self._captured, self._rewritten, self._settings = captured, rewritten, settings
+        self._packed = packed
+        self._watch = Watch(packed, example_inputs, contents=settings.verify_contents)
+        self._lock = threading.Lock()
+        self._frozen = bool(inductor_config.freezing)  # then inductor has baked the buffers in
+        self._id = next(_graph_ids)
+        _epochs[self._id] = 0
+        weakref.finalize(self, _epochs.pop, self._id, None)
+        _guard_epoch(self._id)
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._packed):
+            return self._original(*args)  # unfrozen since: Dynamo does not guard parameters on this
+        if not self._watch.fresh(args) and not self._repack(args):
+            return self._original(*args)
+        return self._compiled(*args)
+
+    def _repack(self, args: Sequence[Any]) -> bool:
+        """Bring the packed constants up to date; False if their structure changed: the graph is compiled anew."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._watch.fresh(args):  # another thread was first
+                return True
+            relift(self._captured.graph_module, {i: args[i] for i in self._captured.statics})
+            rewritten = unlift(rewrite(self._captured, self._settings).graph_module)
+            new, old = dict(rewritten.named_buffers()), dict(self._rewritten.named_buffers())
+            same = not self._frozen and rewritten.code == self._rewritten.code
+            if not same or any(_layout(new[name]) != _layout(old[name]) for name in old):
+                log.info("graph %d: the structure of its masks changed, compiling anew", self._id)
+                _epochs[self._id] += 1
+                return False
+            for name, buffer in old.items():
+                buffer.copy_(new[name])
+            self._watch.renew(self._packed, args)
+            log.info("graph %d: weights changed, packed anew", self._id)
+            return True
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.stride()
+
+
+def _guard_epoch(graph_id: int) -> None:
+    """Make Dynamo recompile the graph when its epoch is raised; without effect outside a Dynamo compilation."""
+    if torch._guards.TracingContext.try_get() is None:
+        return
+    source = DictGetItemSource(AttrSource(ImportSource(__name__), "_epochs"), graph_id)
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+@contextmanager
+def _own_cache_key() -> Iterator[None]:
+    """Key inductor's cache entries of our graphs by the content of this package: an edit never meets an old one."""
+    tag = f"{compiler_config.cache_key_tag}fanin-{_source_hash()}"
+    with compiler_config.patch(cache_key_tag=tag):
+        yield
+
+
+@functools.cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _record(compilation: Compilation) -> None:
+    for compilations in _recorders:
+        compilations.append(compilation)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

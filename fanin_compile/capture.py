@@ -1,0 +1,161 @@
+"""From the graph Dynamo hands a backend to the passes' dialect and back.
+
+    Dynamo graph                          dialect                            for inductor
+    placeholder x, weight, mask    ->     placeholder x, (weight, mask)  ->  placeholder x, weight, mask
+    F.linear(x, weight * mask)            aten.linear(x, mul(c1, c2))        gather_matmul(x, values, ...)
+                                          get_attr c1 = weight, c2 = mask    get_attr values, ... (buffers)
+
+Parameters stay placeholders of the signature throughout; in between, their uses read get_attr nodes with the real
+tensors behind them, so that passes see constants. What no pass replaced reads the placeholder again at the end: later
+changes of such a tensor are seen by every call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_PREFIX = "fanin_static_"  # get_attr targets which stand for the placeholder of the same position
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph in the passes' dialect.
+
+    Attributes:
+        statics: input position of each parameter and buffer -> Dynamo's source expression, for example
+            L['self']._modules['fc']._parameters['weight'].
+        owners: input position -> the module it belongs to and its name there, where Dynamo knows them.
+    """
+
+    graph_module: fx.GraphModule
+    statics: Mapping[
+        int, str
+    ]  # position -> source expression, for example L['self']._modules['fc']._parameters['weight']
+    owners: Mapping[int, tuple[nn.Module, str]]  # position -> module and name within it, where Dynamo knows
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Retrace Dynamo's graph to pre-dispatch ATen with its static inputs lifted to constants.
+
+    Must run inside a backend call: it traces in Dynamo's own fake mode, so that symbolic sizes stay symbolic.
+    """
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    statics = {
+        i: _source_name(node)
+        for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+        if isinstance(value, Tensor) and _is_static(node)
+    }
+    aten_gm = _retrace(gm, placeholders, example_inputs)
+    lift(aten_gm, {i: example_inputs[i] for i in statics})
+    return Captured(aten_gm, statics, _owners(placeholders, statics))
+
+
+def _is_static(node: fx.Node) -> bool:
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    return "_dynamo_static_input_type" in tensor_dict
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    return str(source.name) if source is not None else node.name
+
+
+def _retrace(gm: fx.GraphModule, placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> fx.GraphModule:
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
+    fakes = []
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, Tensor):
+            symbolic = context.tensor_to_context.get(value) if context is not None else None
+            source = getattr(node, "_dynamo_source", None)
+            fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source))
+        else:
+            fakes.append(value)
+    with mode:
+        traced = make_fx(gm.forward, pre_dispatch=True)(*fakes)
+    assert isinstance(traced, fx.GraphModule)
+    return traced
+
+
+def lift(gm: fx.GraphModule, statics: Mapping[int, Tensor]) -> None:
+    """Let every use of the placeholders at these positions read a get_attr node holding the given tensor."""
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for i, tensor in statics.items():
+        _set_static(gm, i, tensor)
+        with gm.graph.inserting_before(first):
+            node = gm.graph.get_attr(static_target(i))
+        node.meta = dict(placeholders[i].meta)
+        placeholders[i].replace_all_uses_with(node)
+    gm.recompile()
+
+
+def relift(gm: fx.GraphModule, statics: Mapping[int, Tensor]) -> None:
+    """Put the tensors of a later call behind the get_attr nodes which lift() made."""
+    for i, tensor in statics.items():
+        _set_static(gm, i, tensor)
+
+
+def _set_static(gm: fx.GraphModule, i: int, tensor: Tensor) -> None:
+    # past nn.Module's registration: these tensors belong to the user's model and must not show as this module's state
+    object.__setattr__(gm, static_target(i), tensor)
+
+
+def static_target(position: int) -> str:
+    """The get_attr target that stands for the static input at `position`."""
+    return f"{_PREFIX}{position}"
+
+
+def static_position(target: str) -> int | None:
+    """The input position a get_attr target stands for, None if it is another constant."""
+    return int(target.removeprefix(_PREFIX)) if target.startswith(_PREFIX) else None
+
+
+def unlift(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule whose lifted get_attr nodes are placeholders again, and which owns only the tensors it reads."""
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        position = static_position(str(node.target))
+        if position is not None:
+            node.replace_all_uses_with(placeholders[position])
+            gm.graph.erase_node(node)
+    return fx.GraphModule(gm, gm.graph)
+
+
+def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict[int, tuple[nn.Module, str]]:
+    """The module each static input is a parameter or buffer of, by evaluating Dynamo's source of it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # not within a Dynamo compilation
+        return {}
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    owners = {}
+    for i in statics:
+        source = getattr(placeholders[i], "_dynamo_source", None)
+        index, holder = getattr(source, "index", None), getattr(getattr(source, "base", None), "base", None)
+        if not isinstance(index, str) or holder is None:
+            continue
+        try:
+            # the expression is Dynamo's own, the one its guards evaluate
+            module = eval(holder.name, {"__builtins__": {}}, scope)
+        except (KeyError, AttributeError, IndexError, NameError, TypeError):
+            continue  # a source that needs more than the frame's scope: this input stays nameless
+        if isinstance(module, nn.Module):
+            owners[i] = (module, index)
+    return owners
+
+
+def layer_name(source: str) -> str:
+    """A readable module path of Dynamo's source: L['self']._modules['fc']._parameters['weight'] -> fc."""
+    path = re.findall(r"_modules\['([^']+)'\]", source)
+    return ".".join(path)

@@ -1,0 +1,240 @@
+"""`condense(model)`: a copy of a model whose masked layers hold condensed weights. Explicit, savable, portable."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.errors import OptionError
+from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
+from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
+from fanin_compile.options import VALUES_DTYPES
+from fanin_compile.records import Skip
+
+log = logging.getLogger("fanin_compile")
+
+Filter = Callable[[nn.Module, str], bool]
+_CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer condense() looked at: its condensed weight, or the reason to leave it as it is."""
+
+    name: str
+    module: nn.Module
+    found: MaskedWeight
+    weight: CondensedWeight | None
+    skip: Skip | None
+
+
+def condense(
+    model: nn.Module,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    filter_fn: Filter | None = None,
+    values_dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """A copy of `model` in which every masked Linear and Conv is a CondensedLinear or CondensedConv.
+
+    Works on any nn.Module, traceable or not: layers are swapped, the model's own code stays. Outputs keep their shapes
+    (an ablated neuron's is its bias); `state_dict()` holds values and indices in the place of dense weights. The model
+    itself is left untouched, and its dense weights are never copied. Layers that would not shrink, or whose forward is
+    their own, stay as they are; `fanin_compile.explain` names each with the reason.
+
+    Args:
+        masks: masks by parameter or module name, combined with those the model carries (see fanin_compile.mask).
+        filter_fn: called with (module, qualified name); False leaves a layer dense.
+        values_dtype: store values as float32, bfloat16 or float16 (arithmetic stays fp32); None keeps the weight's.
+        progress: show a progress bar.
+
+    Raises:
+        MaskError: a mask that does not fit its weight. OptionError: an unsupported values_dtype.
+    """
+    if values_dtype not in (None, *VALUES_DTYPES):
+        allowed = ", ".join(map(str, VALUES_DTYPES))
+        raise OptionError(f"values_dtype is {values_dtype}, expected None or one of {allowed}")
+    memo: dict[int, object] = {}
+    for candidate in candidates(model, masks=masks, filter_fn=filter_fn, progress=progress):
+        if candidate.skip is None:
+            memo[id(candidate.module)] = _condensed_layer(candidate, values_dtype)
+        else:
+            log.info("condense leaves %s: %s", candidate.name or "the model", candidate.skip)
+    _prepare_stale_weights(model, memo)
+    # deepcopy finds the new layers in its memo and never looks at the dense ones behind them
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _disable_fast_path(module)
+    return copied
+
+
+def candidates(
+    model: nn.Module,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    filter_fn: Filter | None = None,
+    progress: bool = False,
+) -> Iterator[Candidate]:
+    """Every layer with a weight of neurons, in the model's order, with what condense() would do to it and why not."""
+    attention = {
+        child
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
+    found = masked_weights(model, masks)
+    for name, module, masked in track(list(found), "condensing") if progress else found:
+        yield _candidate(name, module, masked, filter_fn, module in attention)
+
+
+def _candidate(
+    name: str, module: nn.Module, masked: MaskedWeight, filter_fn: Filter | None, in_attention: bool
+) -> Candidate:
+    def left(reason: str, **values: object) -> Candidate:
+        return Candidate(name, module, masked, None, Skip(name, reason, values))
+
+    if bool(masked.mask.all()):
+        return left("every weight is active")
+    if filter_fn is not None and not filter_fn(module, name):
+        return left("excluded by filter_fn")
+    if in_attention:
+        return left("nn.MultiheadAttention reads its weights past its layers")
+    if masked.weight.dtype not in (*VALUES_DTYPES, torch.float64):
+        return left("no condensed form for this dtype", dtype=masked.weight.dtype)
+    padding_mode = getattr(module, "padding_mode", "zeros")
+    if padding_mode != "zeros":
+        return left("only zero padding is supported", padding_mode=padding_mode)
+    if (padding := getattr(module, "padding", None)) == "same" and _uneven(module):
+        return left("'same' padding is uneven", kernel=module.kernel_size, padding=padding)
+    weight = CondensedWeight.from_dense(*masked.by_neuron())
+    if weight.nbytes >= weight.dense_nbytes:
+        return left(
+            "would not shrink",
+            sparsity=f"{weight.sparsity:.1%}",
+            bytes=weight.nbytes,
+            dense=weight.dense_nbytes,
+        )
+    if not _computes_plain_layer(module, masked):
+        return left("its forward is not that of the plain layer", type=type(module).__qualname__)
+    return Candidate(name, module, masked, weight, None)
+
+
+def _uneven(module: nn.Module) -> bool:
+    totals = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]  # type: ignore[arg-type]
+    return any(total % 2 for total in totals)
+
+
+def _computes_plain_layer(module: nn.Module, masked: MaskedWeight) -> bool:
+    """Whether the module's forward is the plain layer's with the masked weight: by type, else on a random input."""
+    if type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        return True
+    bias = _bias(module)
+    weight = masked.weight
+    generator = torch.Generator().manual_seed(0)
+    spatial = tuple(4 * k for k in weight.shape[2:])
+    fan_in = weight.shape[0] if masked.transposed else weight.shape[1] * int(getattr(module, "groups", 1))
+    x = torch.randn(2, fan_in, *spatial, generator=generator).to(weight)
+    training = module.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            got = module.eval()(x)
+            plain = _plain(module, x, weight, bias, masked.transposed)
+    except Exception as error:  # someone else's forward may raise anything on an input it did not expect
+        log.info("probing a %s raised %s: %s", type(module).__qualname__, type(error).__name__, error)
+        return False
+    finally:
+        module.train(training)
+    tolerance = 8 * math.sqrt(max(fan_in, 1)) * torch.finfo(weight.dtype).eps
+    return (
+        isinstance(got, Tensor)
+        and got.shape == plain.shape
+        and torch.allclose(got, plain, tolerance, tolerance)
+    )
+
+
+def _plain(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    for kind, convolution in _CONVS.items():
+        if isinstance(module, kind):
+            return convolution(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+    return F.linear(x, weight.t() if transposed else weight, bias)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    """The bias the forward pass sees (it may be pruned or parametrized, too), trainable as the module's is."""
+    found = find_masked_weight(module, "bias")
+    trainable = any(p.requires_grad for name, p in module.named_parameters() if "bias" in name)
+    return None if found is None else found.weight.requires_grad_(trainable)
+
+
+def _condensed_layer(candidate: Candidate, values_dtype: torch.dtype | None) -> CondensedLayer:
+    module, weight = candidate.module, candidate.weight
+    assert weight is not None
+    if values_dtype is not None:
+        weight = dataclasses.replace(weight, values=weight.values.to(values_dtype))
+    bias = _bias(module)
+    trainable = any(p.requires_grad for name, p in module.named_parameters() if "bias" not in name)
+    layer: CondensedLayer
+    if isinstance(module, tuple(_CONVS)):
+        padding = module.padding
+        if padding == "same":
+            padding = tuple(
+                d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)
+            )
+        elif padding == "valid":
+            padding = (0,) * len(module.kernel_size)
+        layer = CondensedConv(
+            weight,
+            bias,
+            stride=module.stride,
+            padding=padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            requires_grad=trainable,
+        )
+    else:
+        layer = CondensedLinear(weight, bias, requires_grad=trainable)
+    _carry_hooks(module, layer)
+    return layer.train(module.training)
+
+
+def _carry_hooks(module: nn.Module, layer: nn.Module) -> None:
+    """Keep what users hung on the layer, without the pruning hooks, whose work is done."""
+    from torch.nn.utils.prune import BasePruningMethod
+
+    for attribute in _HOOKS:
+        hooks = getattr(module, attribute)
+        kept = type(hooks)((k, h) for k, h in hooks.items() if not isinstance(h, BasePruningMethod))
+        setattr(layer, attribute, kept)
+    for attribute in _HOOK_FLAGS:
+        setattr(layer, attribute, copy.copy(getattr(module, attribute)))
+
+
+def _prepare_stale_weights(model: nn.Module, memo: dict[int, object]) -> None:
+    """torch.nn.utils.prune leaves a non-leaf `.weight` on a module after a forward, which deepcopy refuses to copy."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+
+
+def _disable_fast_path(module: nn.Module) -> None:
+    """The fused encoder layer of eval mode reads dense weights; without it the same layers run one by one."""
+    if not any(isinstance(child, CondensedLayer) for child in module.modules()):
+        return
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+    elif isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False

@@ -1,0 +1,161 @@
+"""Does condensing a layer pay on this host? Rates are measured once, kept in the user's cache and read from there.
+
+A layer of `nnz` active weights out of out x in, on `batch` positions, is estimated as
+
+    dense      batch * out * in / dense_rate(batch)
+    condensed  batch * nnz / condensed_rate(batch)
+
+with rates in multiply-adds per nanosecond, measured on one reference layer at a few batch sizes and thread counts and
+interpolated in log(batch). Both sides are rates of useful work, so padding, packing and dispatch are in them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fanin_compile import ops
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.kernels import build
+from fanin_compile.records import Layer, Skip
+
+log = logging.getLogger("fanin_compile")
+
+BATCHES = (1, 4, 16, 64, 256)
+REFERENCE = (
+    1024,
+    1024,
+    0.9,
+)  # out, in, sparsity: leaves L2 as a dense weight, so that its traffic is in the rate
+MARGIN = 0.95  # a layer is condensed if it is estimated to take less than this share of the dense time
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Multiply-adds per nanosecond of linear layers at BATCHES, for one number of threads."""
+
+    threads: int
+    dense: tuple[float, ...]
+    condensed: tuple[float, ...]
+
+    def dense_us(self, layer: Layer) -> float:
+        return layer.dense_macs / _interpolate(self.dense, layer.batch) / 1e3
+
+    def condensed_us(self, layer: Layer) -> float:
+        return layer.sparse_macs / _interpolate(self.condensed, layer.batch) / 1e3
+
+
+def gate(layer: Layer) -> Skip | None:
+    """Refuse a layer that the host's rates say would not gain, with both estimates in microseconds."""
+    if layer.op != "linear":
+        return Skip(layer.name, "no native convolution kernel yet", {"op": layer.op})
+    rates = host_rates(torch.get_num_threads())
+    dense, condensed = rates.dense_us(layer), rates.condensed_us(layer)
+    if condensed < MARGIN * dense:
+        return None
+    values = {
+        "sparsity": f"{layer.sparsity:.1%}",
+        "batch": layer.batch,
+        "dense": f"{dense:.0f} us",
+        "condensed": f"{condensed:.0f} us",
+    }
+    return Skip(layer.name, "dense is estimated to be faster", values)
+
+
+@functools.cache
+def host_rates(threads: int) -> Rates:
+    """The rates of this host, from the cache or measured now (about half a second)."""
+    path = _cache_file(threads)
+    try:
+        stored = json.loads(path.read_text())
+        return Rates(threads, tuple(stored["dense"]), tuple(stored["condensed"]))
+    except (OSError, ValueError, KeyError):
+        pass
+    rates = measure(threads)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(rates)))
+        partial.replace(path)  # several processes may measure at once: last one wins, each file whole
+    except OSError as error:
+        log.info("rates of this host are not kept: %s", error)
+    return rates
+
+
+def measure(threads: int, seconds: float = 0.04) -> Rates:
+    """Time the reference layer dense and condensed at every batch size of BATCHES, the two sides interleaved."""
+    out, fan_in, sparsity = REFERENCE
+    generator = torch.Generator().manual_seed(0)
+    k = round((1 - sparsity) * fan_in)
+    scores = torch.rand(out, fan_in, generator=generator)
+    mask = torch.zeros(out, fan_in, dtype=torch.bool).scatter_(1, scores.topk(k).indices, True)
+    dense = torch.randn(out, fan_in, generator=generator) * mask
+    weight = CondensedWeight.from_dense(dense, mask)
+    plan = ops.gather_matmul_plan(weight.indices, weight.row_ptr, fan_in)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rates = []
+        for batch in BATCHES:
+            x = torch.randn(batch, fan_in, generator=generator)
+
+            def run_dense(x: Tensor = x) -> Tensor:
+                return F.linear(x, dense)
+
+            def run_condensed(x: Tensor = x) -> Tensor:
+                y: Tensor = torch.ops.fanin.gather_matmul(
+                    x, weight.values, weight.indices, weight.row_ptr, weight.rows, None, plan, out
+                )
+                return y
+
+            times = interleaved([run_dense, run_condensed], seconds)
+            macs = (batch * dense.numel(), batch * weight.nnz)
+            rates.append(tuple(m / t for m, t in zip(macs, times, strict=True)))
+    finally:
+        torch.set_num_threads(before)
+    return Rates(threads, *(tuple(side) for side in zip(*rates, strict=True)))
+
+
+def interleaved(functions: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Median nanoseconds of each function, run in turn so that the machine's drift meets all alike."""
+    with torch.no_grad():
+        for function in functions:
+            function()
+        times: list[list[int]] = [[] for _ in functions]
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[0]) < 3:
+            for function, measured in zip(functions, times, strict=True):
+                start = time.perf_counter_ns()
+                function()
+                measured.append(time.perf_counter_ns() - start)
+    return [statistics.median(measured) for measured in times]
+
+
+def _interpolate(rates: Sequence[float], batch: int) -> float:
+    if batch <= BATCHES[0]:
+        return rates[0]
+    if batch >= BATCHES[-1]:
+        return rates[-1]
+    right = bisect.bisect_right(BATCHES, batch)
+    low, high = BATCHES[right - 1], BATCHES[right]
+    share = math.log(batch / low) / math.log(high / low)
+    return rates[right - 1] * (1 - share) + rates[right] * share
+
+
+def _cache_file(threads: int) -> Path:
+    # the kernels' own folder: its name covers their sources, the compiler, the ISA and torch's version
+    return build.cache_dir() / f"rates-{platform.node()}-{threads}.json"

@@ -1,0 +1,345 @@
+"""What every graph pass shares: layer facts, results, node helpers and the one pipeline runner.
+
+The dialect is pre-dispatch ATen in a `torch.fx.GraphModule` whose weights are `get_attr` nodes with real tensors behind
+them, as both doors produce it: the backend from Dynamo's graph, `condense(..., example_inputs=...)` from torch.export.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.errors import RewriteError
+from fanin_compile.records import Layer, Rewrite, Skip
+
+log = logging.getLogger("fanin_compile")
+
+# node.meta keys; replace_node carries them over, so they survive every rewrite of a node
+LAYER = "fanin_layer"  # the Layer it computes
+CONDENSED = "fanin_condensed"  # the CondensedWeight of its constant weight
+
+
+@dataclass(frozen=True)
+class PassResult:
+    rewritten: tuple[Rewrite, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    found: tuple[Layer, ...] = ()
+
+
+class Gate(Protocol):
+    """Decides whether condensing a layer gains: None to go ahead, else the Skip that says why not."""
+
+    def __call__(self, layer: Layer, /) -> Skip | None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may know beyond the graph. `masks` and `names` are keyed by get_attr target."""
+
+    gate: Gate
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    values_dtype: torch.dtype | None = None
+
+
+Pass = Callable[[fx.GraphModule, Context], PassResult]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    graph_module: fx.GraphModule
+    results: tuple[tuple[str, PassResult], ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def rewritten(self) -> tuple[Rewrite, ...]:
+        return tuple(r for _, result in self.results for r in result.rewritten)
+
+    @property
+    def skipped(self) -> tuple[Skip, ...]:
+        return tuple(s for _, result in self.results for s in result.skipped)
+
+    @property
+    def found(self) -> tuple[Layer, ...]:
+        return tuple(layer for _, result in self.results for layer in result.found)
+
+
+def run_pipeline(gm: fx.GraphModule, passes: Sequence[Pass], ctx: Context) -> PipelineResult:
+    """Run `passes` over a copy of `gm` (whose tensors are shared), checking each pass's contract here, once.
+
+    Raises:
+        RewriteError: a pass raised, left an invalid graph or changed the outputs' shapes; the message names it and
+            those that ran before.
+    """
+    # fx.GraphModule(gm, graph) copies no tensors; deepcopy of the graph keeps node.meta.
+    work = fx.GraphModule(gm, _copy_graph(gm.graph))
+    expected = _output_signature(work)
+    results: list[tuple[str, PassResult]] = []
+    seconds: dict[str, float] = {}
+    for run in passes:
+        name = getattr(run, "__name__", repr(run))
+        start = time.perf_counter()
+        try:
+            result = run(work, ctx)
+            work.graph.eliminate_dead_code()
+            work.graph.lint()
+            if (now := _output_signature(work)) != expected:
+                raise RewriteError(f"outputs were {expected} and became {now}")
+        except Exception as error:
+            done = ", ".join(name for name, _ in results) or "none"
+            raise RewriteError(f"pass {name} failed (passes before it: {done}): {error}") from error
+        seconds[name] = time.perf_counter() - start
+        results.append((name, result))
+        log.debug("pass %s: %d rewritten, %d left", name, len(result.rewritten), len(result.skipped))
+    work.recompile()
+    return PipelineResult(work, tuple(results), seconds)
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    output = copy.graph_copy(graph, val_map := {}, return_output_node=True)
+    if output is not None:
+        value, old = output
+        copy.output(value).meta = dict(old.meta)
+    for old, new in val_map.items():
+        new.meta = dict(old.meta)
+    return copy
+
+
+def _output_signature(gm: fx.GraphModule) -> tuple[object, ...]:
+    (output,) = gm.graph.find_nodes(op="output")
+    signature: list[object] = []
+    for node in output.all_input_nodes:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor):
+            signature.append((tuple(str(s) for s in val.shape), val.dtype))
+    return tuple(signature)
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_refuses(name: str, x: object, dtype: torch.dtype, bias: object) -> Skip | None:
+    """Why no native kernel can compute the layer `name` of input node x, weights of `dtype` and bias node, if so."""
+    meta, bias_meta = tensor_meta(x), tensor_meta(bias)
+    if meta is None or meta.dtype != dtype:
+        return Skip(name, "input and weight differ in dtype", {"input": meta and meta.dtype, "weight": dtype})
+    if dtype not in KERNEL_DTYPES:
+        return Skip(name, "no kernel for this dtype", {"dtype": dtype})
+    if meta.device.type != "cpu":
+        return Skip(name, "no kernel for this device", {"device": meta.device.type})
+    if bias_meta is not None and bias_meta.ndim != 1:
+        return Skip(name, "its bias is not a vector", {"bias": tuple(bias_meta.shape)})
+    return None
+
+
+def replace_node(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """Put a call of `target` in the place of `node`: same users, same meta (value, stack trace, layer)."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def bind_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call to an operator by name, in schema order, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if position < len(node.args):
+            bound[argument.name] = node.args[position]
+        else:
+            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def attr_tensor(gm: fx.GraphModule, target: str) -> Tensor:
+    value = operator.attrgetter(target)(gm)
+    if not isinstance(value, Tensor):
+        raise RewriteError(f"get_attr {target} holds a {type(value).__name__}, expected a Tensor")
+    return value
+
+
+def add_constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """Register `value` as buffer `name` (made unique) of `gm` and return its get_attr node, placed before `before`."""
+    unique, i = name, 0
+    while hasattr(gm, unique):
+        i += 1
+        unique = f"{name}_{i}"
+    gm.register_buffer(unique, value.detach())
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(unique)
+    fake = next(
+        (
+            val.fake_mode
+            for n in gm.graph.nodes
+            if isinstance(val := n.meta.get("val"), torch._subclasses.FakeTensor)
+        ),
+        None,
+    )
+    node.meta["val"] = fake.from_tensor(value.detach()) if fake is not None else value.detach()
+    return node
+
+
+@dataclass(frozen=True)
+class CondensedArgs:
+    """The get_attr nodes of one condensed weight, in the order in which the ops take them."""
+
+    values: fx.Node
+    indices: fx.Node
+    row_ptr: fx.Node | None
+    rows: fx.Node | None
+
+
+class CondensedNodes:
+    """Registers condensed weights as constants of a graph, once for each dense weight however many layers use it."""
+
+    def __init__(self, gm: fx.GraphModule, values_dtype: torch.dtype | None) -> None:
+        self._gm = gm
+        self._dtype = values_dtype
+        self._args: dict[fx.Node, CondensedArgs] = {}
+        self._extras: dict[tuple[fx.Node, str], fx.Node | None] = {}
+
+    def of(self, dense: fx.Node, weight: CondensedWeight) -> CondensedArgs:
+        """The constants holding `weight`, which stands for the constant node `dense`."""
+        if dense not in self._args:
+            self._args[dense] = CondensedArgs(
+                self._add(dense, "values", weight.values.to(self._dtype or weight.values.dtype)),
+                self._add(dense, "indices", weight.indices),
+                None if weight.row_ptr is None else self._add(dense, "row_ptr", weight.row_ptr),
+                None if weight.rows is None else self._add(dense, "rows", weight.rows),
+            )
+        return self._args[dense]
+
+    def extra(self, dense: fx.Node, name: str, make: Callable[[], Tensor | None]) -> fx.Node | None:
+        """A further constant of the same weight, such as a kernel's plan."""
+        key = (dense, name)
+        if key not in self._extras:
+            value = make()
+            self._extras[key] = None if value is None else self._add(dense, name, value)
+        return self._extras[key]
+
+    def nbytes(self, dense: fx.Node) -> int:
+        args = self._args[dense]
+        nodes = [args.values, args.indices, args.row_ptr, args.rows]
+        nodes += [node for (owner, _), node in self._extras.items() if owner is dense]
+        return sum(attr_tensor(self._gm, str(node.target)).nbytes for node in nodes if node is not None)
+
+    def _add(self, dense: fx.Node, part: str, value: Tensor) -> fx.Node:
+        first = next(node for node in self._gm.graph.nodes if node.op != "placeholder")
+        return add_constant(self._gm, first, f"{dense.name}_{part}", value)
+
+
+def tensor_meta(node: object) -> Tensor | None:
+    """The (fake) tensor a node computes, None for anything else."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def size_hint(value: int | torch.SymInt) -> int:
+    """A concrete number for a possibly symbolic size: the one of the example inputs, without guarding on it."""
+    if isinstance(value, int):
+        return value
+    hint = value.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes which compute the same value at every call: get_attr, and pure functions of such nodes alone.
+
+    A tensor which any node of the graph mutates is not constant, nor is what depends on it.
+    """
+    mutated = {root for node in graph.nodes for arg in _written_args(node) for root in _storage_roots(arg)}
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        pure_call = (
+            node.op == "call_function"
+            and _pure(node.target)
+            and node.all_input_nodes
+            and all(arg in constant for arg in node.all_input_nodes)
+        )
+        if (node.op == "get_attr" and node not in mutated) or pure_call:
+            constant.add(node)
+    return constant
+
+
+def _pure(target: object) -> bool:
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def _schema_args(node: fx.Node, *, write: bool) -> Iterator[fx.Node]:
+    """The argument nodes whose storage the op writes (write=True) or hands on as a view (write=False)."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        alias = argument.alias_info
+        if alias is None or alias.is_write != write:
+            continue
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, fx.Node):
+                yield item
+
+
+def _written_args(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    yield from _schema_args(node, write=True)
+    if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
+        # its schema hides that training updates the running statistics
+        yield from (arg for arg in node.args[3:5] if isinstance(arg, fx.Node))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the node changes one of its arguments in place."""
+    return next(_written_args(node), None) is not None
+
+
+def _storage_roots(node: fx.Node) -> Iterator[fx.Node]:
+    """The get_attr nodes whose storage `node` may share, through any chain of views and in-place ops."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "get_attr":
+            yield current
+        elif current.target is operator.getitem:
+            stack.extend(current.all_input_nodes)
+        elif current.op == "call_function" and isinstance(current.target, torch._ops.OpOverload):
+            stack.extend(_schema_args(current, write=False))
+            stack.extend(_schema_args(current, write=True))
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
+    """The real value of a constant node (see constant_nodes), computed without grad and outside fake mode."""
+    if node in memo:
+        return memo[node]
+    if node.op == "get_attr":
+        value: Any = attr_tensor(gm, str(node.target))
+    else:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(gm, n, memo))
+        assert callable(node.target)
+        with torch.no_grad(), unset_fake_temporarily(), torch._C._DisableAutocast():
+            value = node.target(*args, **kwargs)
+    memo[node] = value
+    return value

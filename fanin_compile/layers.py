@@ -1,0 +1,133 @@
+"""Modules which hold a condensed weight in the place of a dense one: what condense() puts into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fanin_compile import ops, ops_conv  # noqa: F401  (they define the operators called below)
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.errors import FormatError
+
+_PARTS = ("indices", "row_ptr", "rows")
+
+
+class CondensedLayer(nn.Module):
+    """The state every condensed layer has: `values` and `bias` are parameters (trainable), the structure is buffers.
+
+    Args:
+        weight: the condensed weight; its tensors are taken over, not copied.
+        bias: [out] or None.
+        requires_grad: of `values`.
+    """
+
+    values: nn.Parameter
+    indices: Tensor
+    row_ptr: Tensor | None
+    rows: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: CondensedWeight, bias: Tensor | None, *, requires_grad: bool = False) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.values = nn.Parameter(weight.values, requires_grad=requires_grad)
+        for part in _PARTS:
+            self.register_buffer(part, getattr(weight, part))
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+    @property
+    def condensed(self) -> CondensedWeight:
+        return CondensedWeight(self.values.detach(), self.indices, self.row_ptr, self.rows, self.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at each access: for code which reads `layer.weight`."""
+        return self.condensed.to_dense()
+
+    def extra_repr(self) -> str:
+        return f"{self.condensed}, bias={self.bias is not None}"
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the structure of a checkpoint, too: its fan-in and ablated neurons may differ from this layer's."""
+        given = {part: state_dict.get(prefix + part) for part in ("values", *_PARTS)}
+        if given["values"] is not None and given["indices"] is not None:
+            try:
+                CondensedWeight(**given, shape=self.shape)
+            except FormatError as error:
+                raise FormatError(f"state_dict entries {prefix}*: {error}") from error
+            for part in _PARTS:
+                if (
+                    (old := getattr(self, part)) is None
+                    or given[part] is None
+                    or old.shape != given[part].shape
+                ):
+                    setattr(self, part, None if given[part] is None else torch.empty_like(given[part]))
+            if self.values.shape != given["values"].shape:
+                empty = self.values.new_empty(given["values"].shape)
+                self.values = nn.Parameter(empty, requires_grad=self.values.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        self._structure_changed()
+
+    def _structure_changed(self) -> None:
+        """Called when indices were replaced."""
+
+
+class CondensedLinear(CondensedLayer):
+    """nn.Linear with a condensed weight: [..., in] -> [..., out], every stride, every number of leading dimensions."""
+
+    plan: Tensor | None
+
+    def __init__(self, weight: CondensedWeight, bias: Tensor | None, *, requires_grad: bool = False) -> None:
+        super().__init__(weight, bias, requires_grad=requires_grad)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("plan", None, persistent=False)
+        self._structure_changed()
+
+    def _structure_changed(self) -> None:
+        self.plan = ops.gather_matmul_plan(self.indices, self.row_ptr, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.fanin.gather_matmul(
+            x, self.values, self.indices, self.row_ptr, self.rows, self.bias, self.plan, self.out_features
+        )
+        return y
+
+
+class CondensedConv(CondensedLayer):
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d (groups included) with a condensed weight; zero padding only."""
+
+    def __init__(
+        self,
+        weight: CondensedWeight,
+        bias: Tensor | None,
+        *,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        requires_grad: bool = False,
+    ) -> None:
+        super().__init__(weight, bias, requires_grad=requires_grad)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.fanin.gather_conv(
+            x,
+            *(self.values, self.indices, self.row_ptr, self.rows, self.bias),
+            *(self.shape, self.stride, self.padding, self.dilation, self.groups),
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, groups={self.groups}"
+        )

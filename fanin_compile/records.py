@@ -1,0 +1,58 @@
+"""What is said about a layer: the facts it was found with, what was done to it, why it was left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One masked layer as found in a graph; sizes in bytes, work in multiply-adds of one call."""
+
+    name: str  # fully qualified module name where known, else the node's
+    op: str  # "linear", "conv2d", ...
+    shape: tuple[int, ...]  # of the dense weight: [out, in/groups, *kernel]
+    fan_in: tuple[int, int]  # least and most inputs of an active neuron
+    nnz: int
+    ablated: int  # neurons with an empty mask
+    dense_bytes: int
+    dense_macs: int
+    batch: int  # output positions: leading dimensions of a linear's output, images times pixels of a convolution's
+
+    @property
+    def sparsity(self) -> float:
+        size = self.dense_size
+        return 1.0 - self.nnz / size if size else 0.0
+
+    @property
+    def dense_size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sparse_macs(self) -> int:
+        return self.dense_macs * self.nnz // self.dense_size if self.dense_size else 0
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One thing a pass did to a layer."""
+
+    layer: str
+    became: str
+    bytes: int | None = None  # of the constants which replace the dense weight; None: unchanged by this pass
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One thing a pass refused, with the values which decided it."""
+
+    layer: str
+    reason: str
+    values: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        return f"{self.reason} ({values})" if values else self.reason

@@ -1,0 +1,91 @@
+"""Swap masked convolutions for direct condensed ones.
+
+    y = conv2d(x, w, b, stride, padding, dilation, groups)
+        ->  y = fanin.gather_conv(x, values, indices, row_ptr, rows, b, w.shape, stride, padding, dilation, groups)
+
+No im2col: each non-zero is one offset into the padded planes of x. Ablated channels come back as their bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fanin_compile.graph import (
+    CONDENSED,
+    LAYER,
+    CondensedNodes,
+    Context,
+    PassResult,
+    kernel_refuses,
+    replace_node,
+)
+from fanin_compile.records import Rewrite, Skip
+
+aten = torch.ops.aten
+TARGETS = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+    aten.conv3d.padding: 3,
+}
+
+
+def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
+    rewritten: list[Rewrite] = []
+    skipped: list[Skip] = []
+    constants = CondensedNodes(gm, ctx.values_dtype)
+    for node in list(gm.graph.nodes):
+        layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
+        if node.target not in TARGETS or layer is None or weight is None:
+            continue
+        x, dense, bias, stride, padding, dilation, groups = _arguments(node, TARGETS[node.target])
+        kernel = weight.shape[2:]
+        pads = _numeric_padding(padding, kernel, dilation)
+        refusal = kernel_refuses(layer.name, x, weight.values.dtype, bias) or ctx.gate(layer)
+        if pads is None and refusal is None:
+            refusal = Skip(layer.name, "'same' padding is uneven", {"kernel": kernel, "dilation": dilation})
+        if refusal is not None:
+            skipped.append(refusal)
+            continue
+        parts = constants.of(dense, weight)
+        replace_node(
+            node,
+            torch.ops.fanin.gather_conv.default,
+            (
+                *(x, parts.values, parts.indices, parts.row_ptr, parts.rows, bias),
+                *(list(weight.shape), stride, pads, dilation, groups),
+            ),
+        )
+        rewritten.append(Rewrite(layer.name, "gather-conv", bytes=constants.nbytes(dense)))
+    return PassResult(tuple(rewritten), tuple(skipped))
+
+
+def _arguments(
+    node: fx.Node, dims: int
+) -> tuple[fx.Node, fx.Node, fx.Node | None, list[int], object, list[int], int]:
+    """x, weight, bias, stride, padding, dilation, groups with defaults filled in and one number spread to all dims."""
+    x, weight, bias, stride, padding, dilation, groups = (
+        *node.args,
+        *(None, 1, 0, 1, 1)[len(node.args) - 2 :],
+    )
+    if not isinstance(padding, str):
+        padding = _spread(padding, dims)
+    return x, weight, bias, _spread(stride, dims), padding, _spread(dilation, dims), groups
+
+
+def _spread(value: int | list[int], dims: int) -> list[int]:
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+def _numeric_padding(padding: object, kernel: tuple[int, ...], dilation: list[int]) -> list[int] | None:
+    if padding == "valid":
+        return [0] * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return None if any(t % 2 for t in totals) else [t // 2 for t in totals]
+    assert isinstance(padding, list)
+    return padding

@@ -1,0 +1,49 @@
+"""Swap masked linears for condensed gather-matmuls.
+
+    y = linear(x, w, b)    ->    y = fanin.gather_matmul(x, values, indices, row_ptr, rows, b, plan, out)
+
+The weight's zeros are gone from memory and from the arithmetic; y keeps its shape: an ablated neuron's is its bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fanin_compile.graph import (
+    CONDENSED,
+    LAYER,
+    CondensedNodes,
+    Context,
+    PassResult,
+    kernel_refuses,
+    replace_node,
+)
+from fanin_compile.ops import gather_matmul_plan
+from fanin_compile.records import Rewrite, Skip
+
+
+def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
+    rewritten: list[Rewrite] = []
+    skipped: list[Skip] = []
+    constants = CondensedNodes(gm, ctx.values_dtype)
+    for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
+        layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
+        if layer is None or weight is None:
+            continue
+        x, dense, bias = (*node.args, None)[:3]
+        refusal = kernel_refuses(layer.name, x, weight.values.dtype, bias) or ctx.gate(layer)
+        if refusal is not None:
+            skipped.append(refusal)
+            continue
+        parts = constants.of(dense, weight)
+        plan = constants.extra(
+            dense, "plan", lambda w=weight: gather_matmul_plan(w.indices, w.row_ptr, w.dense_fan_in)
+        )
+        replace_node(
+            node,
+            torch.ops.fanin.gather_matmul.default,
+            (x, parts.values, parts.indices, parts.row_ptr, parts.rows, bias, plan, weight.out_features),
+        )
+        rewritten.append(Rewrite(layer.name, "gather-matmul", bytes=constants.nbytes(dense)))
+    return PassResult(tuple(rewritten), tuple(skipped))

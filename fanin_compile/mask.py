@@ -245,10 +245,11 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 def _resolve_keys(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[tuple[nn.Module, str], Tensor]:
     """Masks by (module, parameter name), so that any of a shared module's paths finds it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     given: dict[tuple[nn.Module, str], Tensor] = {}
     unknown = []
     for key, mask in masks.items():
-        target = _find_weight(model, key)
+        target = _find_weight(modules, key)
         if target is None:
             unknown.append(key)
         elif target in given:
@@ -256,13 +257,12 @@ def _resolve_keys(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[tuple[n
         else:
             given[target] = mask
     if unknown:
-        known = [_join(path, name) for path, module in model.named_modules() for name in _present(module)]
+        known = [_join(path, name) for path, module in modules.items() for name in _present(module)]
         raise MaskError(f"masks has keys that name no weight of the model: {unknown}; it has {known}")
     return given
 
 
-def _find_weight(model: nn.Module, key: str) -> tuple[nn.Module, str] | None:
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _find_weight(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module, str] | None:
     if key in modules and len(names := _present(modules[key])) == 1:
         return modules[key], names[0]
     path, _, name = key.rpartition(".")

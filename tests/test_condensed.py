@@ -247,6 +247,7 @@ def test_prints_as_a_person_would_write_it() -> None:
         ({"indices": torch.tensor([[1, 4], [2, 0], [2, 3]]).byte()}, "has 12 before 10 at 2"),
         ({"indices": torch.tensor([[1, 4], [2, 2], [2, 3]]).byte()}, "has 12 before 12 at 2"),
         ({"values": torch.ones(2, 3).t()}, r"values.is_contiguous\(\) is False"),
+        ({"values": torch.ones(3, 2, device="meta")}, "indices.device is cpu, expected meta"),
         ({"rows": None}, r"len\(values\) is 3, expected 4"),
         ({"rows": torch.tensor([0, 2, 3])}, "rows.dtype is torch.int64, expected torch.int32"),
         ({"rows": torch.tensor([[0, 2, 3]]).int()}, "rows.ndim is 2, expected 1"),
@@ -280,6 +281,12 @@ def test_refuses_row_pointers_that_do_not_fit(row_ptr: list[int], message: str |
     else:
         with pytest.raises(FormatError, match=message):
             CondensedWeight(*parts)
+
+
+def test_refuses_row_pointers_of_another_dtype() -> None:
+    c = condensed()
+    with pytest.raises(FormatError, match=r"row_ptr.dtype is torch.int64, expected torch.int32"):
+        CondensedWeight(c.values.flatten(), c.indices.flatten(), torch.tensor([0, 2, 4, 6]), c.rows, c.shape)
 
 
 def test_refuses_active_rows_without_inputs() -> None:

@@ -163,6 +163,9 @@ def test_a_parametrization_mask_that_lets_values_through_gives_way_to_the_zeros(
 
 def test_reading_a_parametrization_leaves_the_module_as_it_was() -> None:
     layer = parametrizations.spectral_norm(linear()).train()
+    layer.get_parameter("parametrizations.weight.original").data.copy_(
+        torch.eye(2, 3)
+    )  # far from the vectors found so far
     before = copy.deepcopy(layer.state_dict())
     find(layer)
     assert all(m.training for m in layer.modules())
@@ -201,7 +204,8 @@ def test_a_user_mask() -> None:
 
 
 def test_a_user_mask_and_the_mask_of_the_module_are_joined() -> None:
-    layer = prune.custom_from_mask(linear(), "weight", torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    layer = linear()
+    layer.register_buffer("weight_mask", torch.tensor([[1, 1, 1], [0, 0, 0]]).bool())
     assert_masked(find(layer, mask=torch.tensor([[1, 0, 1], [1, 1, 1]])), "user")
     assert layer.get_buffer("weight_mask").sum() == 3  # read, not written
 
@@ -280,6 +284,12 @@ def test_the_effective_weight_is_a_copy() -> None:
 )
 def test_none_where_no_weight_can_be_read(module: nn.Module) -> None:
     assert find_masked_weight(module) is None
+
+
+def test_a_stored_weight_is_read_whatever_hooks_there_are() -> None:
+    layer = linear()
+    layer.register_forward_pre_hook(lambda module, args: None)
+    assert_masked(find(layer), "zeros", torch.ones(2, 3, dtype=torch.bool))
 
 
 # Refusals.
@@ -408,6 +418,14 @@ def test_unknown_keys_are_named(key: str) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(3, 2), "act": nn.ReLU()})
     with pytest.raises(MaskError, match=rf"name no weight of the model: \['{key}'\]; it has \['fc.weight'\]"):
         names(model, {key: MASK, "fc": MASK})
+
+
+def test_a_module_name_must_mean_one_weight() -> None:
+    model = nn.ModuleDict({"cross": nn.MultiheadAttention(6, 2, kdim=4, vdim=4)})
+    with pytest.raises(
+        MaskError, match=r"name no weight of the model: \['cross'\]; it has \['cross.q_proj_weight',"
+    ):
+        names(model, {"cross": torch.ones(6, 6)})
 
 
 def test_errors_name_the_layer() -> None:

@@ -1,0 +1,343 @@
+"""What every sparse training method shares: masks, masked gradients and state, when to update, checkpoints.
+
+A method overrides two pure choices, the first mask of a block of neurons and its next one: srigl.py,
+baselines.py.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fanin_compile.errors import FaninError, MaskError, OptionError
+from fanin_compile.train.checkpoint import restore, save
+from fanin_compile.train.initialise import InitScheme, check_scheme, initial_weight
+from fanin_compile.train.layers import MhaBlocks, SparseLayer
+from fanin_compile.train.optimizer_state import clear_inactive_state, group_of, is_elementwise
+from fanin_compile.train.options import unwrap
+from fanin_compile.train.plan import Allocation, make_plan
+from fanin_compile.train.schedule import UpdateSchedule
+from fanin_compile.train.selection import Patterns
+from fanin_compile.train.shards import from_first_rank, local, mean_gradient, on_all_ranks
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neurons that are ranked together, at an update: a layer, or one head of an attention projection."""
+
+    layer: SparseLayer
+    weight: Tensor  # [n, f], 0 off the mask
+    gradient: Tensor  # [n, f], dense; empty where the method needs none
+    mask: Tensor  # bool [n, f]
+    budget: int  # active weights that it may hold
+    fraction: float  # share of the active weights to drop
+    generator: torch.Generator  # on the CPU, the same on every rank
+
+
+class SparseTraining(abc.ABC):
+    """Trains ``model`` sparse from its first step on; call ``step()`` after each ``optimizer.step()``.
+
+    The constructor gives each chosen weight a bool buffer ``<weight>_mask``, sets the weight to 0 off it, and
+    hooks its gradient: after each backward the dense gradient is recorded when an update is near, then
+    masked, so that clipping, gradient scalers and the optimizer see gradients of active weights only. A
+    weight that has a mask already (from ``prune_to_fan_in``, or an earlier sparse training) starts from it
+    and keeps its values.
+
+    Args:
+        model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        optimizer: any torch optimizer that holds the weights; its per-element state is kept clear off the
+            mask.
+        total_steps: optimizer steps of the whole training.
+        sparsity: share of zeros over all sparse layers together, 0 <= s < 1. Decimals are exact: 0.9 is 9/10.
+        alpha: share of the active weights dropped at the start, decayed to 0 by a cosine at ``t_end``.
+        delta_t: optimizer steps from one topology update to the next.
+        t_end: step from which the topology is final; by default 75 % of ``total_steps``.
+        allocation: "erk" (the larger a layer the sparser) or "uniform".
+        erk_power: the ERK power scale exponent.
+        dense_first: leave the first layer dense; by default, as is the custom, under "uniform" only.
+        include: which layers to make sparse, by default all that can be: names ("fc1"), globs
+            ("blocks.*.mlp.*"), module types, predicates (module, name) -> bool, or several of these.
+        exclude: which layers to leave dense; wins over ``include``.
+        overrides: name or glob -> a sparsity of its own, the first match counting; the others share
+            ``sparsity``.
+        init: "scale" multiplies the weights as they are by sqrt(dense fan-in / fan-in), "he" and "xavier"
+            draw new ones for the sparse fan-in, "keep" only masks.
+        grad_steps: optimizer steps over which the dense gradient is summed before an update.
+        mha_blocks: nn.MultiheadAttention's input projection as one "matrix", or each "projection" or "head"
+            of it ranked and given its budget by itself.
+        seed: of every random choice; nothing depends on the global generators or on the rank.
+
+    Raises:
+        OptionError: an option out of its range, a pattern that matches no layer, a layer left without inputs,
+            a weight that the optimizer does not hold.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+    changes_topology: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        sparsity: float = 0.9,
+        alpha: float = 0.3,
+        delta_t: int = 100,
+        t_end: int | None = None,
+        allocation: Allocation = "erk",
+        erk_power: float = 1.0,
+        dense_first: bool | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns = (),
+        overrides: Mapping[str, float] | None = None,
+        init: InitScheme = "scale",
+        grad_steps: int = 1,
+        mha_blocks: MhaBlocks = "matrix",
+        seed: int = 0,
+    ) -> None:
+        for option, value in (("total_steps", total_steps), ("grad_steps", grad_steps)):
+            if value < 1:
+                raise OptionError(f"{option} is {value}; expected at least 1")
+        check_scheme(init)
+        self.model = unwrap(model)
+        self.optimizer = optimizer
+        self.schedule = UpdateSchedule(alpha, delta_t, total_steps * 3 // 4 if t_end is None else t_end)
+        self.grad_steps = grad_steps
+        self.seed = seed
+        self.steps = 0
+        self._due = False  # an update that waits for a finite gradient
+        self._finished = False
+        self._masks_weights = not is_elementwise(optimizer)
+        if self.changes_topology and self.schedule.next_update(0) is None:
+            warnings.warn(
+                f"delta_t={delta_t} is not below t_end={self.schedule.t_end}: the topology will never change",
+                stacklevel=2,
+            )
+        self.plan = make_plan(
+            self.model,
+            sparsity=sparsity,
+            allocation=allocation,
+            erk_power=erk_power,
+            dense_first=dense_first,
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            mha_blocks=mha_blocks,
+        )
+        self.layers = self.plan.sparse
+        for layer in self.layers:
+            group_of(optimizer, layer)  # raises for a weight that the optimizer does not hold
+        self._check_layers()
+        for index, layer in enumerate(self.layers):
+            self._start(layer, index, init)
+        self._handles = [
+            layer.param.register_post_accumulate_grad_hook(partial(self._on_gradient, layer))
+            for layer in self.layers
+        ]
+        self._collecting = self._collects()
+
+    # What a method chooses.
+
+    def _check_layers(self) -> None:  # noqa: B027 - most methods have nothing to check
+        """Look at, and mark, the planned layers before any of them is changed."""
+
+    @abc.abstractmethod
+    def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
+        """Bool [layer.block_neurons, dense fan-in] on the CPU, with ``budget`` active weights or a few
+        less."""
+
+    @abc.abstractmethod
+    def _next_mask(self, block: Block) -> Tensor:
+        """The mask of a block of neurons after an update."""
+
+    # The start.
+
+    @torch.no_grad()
+    def _start(self, layer: SparseLayer, index: int, init: InitScheme) -> None:
+        generator = self._generator(index)
+        if layer.has_mask:
+            init = "keep"
+            mask = from_first_rank(layer.rows(layer.mask))
+            layer.budgets = tuple(int(block.sum()) for block in mask.chunk(layer.blocks))
+        else:
+            blocks = [self._first_mask(layer, budget, generator) for budget in layer.budgets]
+            mask = from_first_rank(torch.cat(blocks).to(layer.param.device))
+        layer.set_mask(mask)
+        layer.explored = layer.mask.clone()
+        weight = initial_weight(layer.weight_rows(), mask, init, generator)
+        layer.set_weight(weight)
+        clear_inactive_state(self.optimizer, layer)
+
+    def _generator(self, index: int) -> torch.Generator:
+        """Fresh for each step and layer, so that a resumed run needs no generator state."""
+        seed = ((self.seed * 1_000_003 + self.steps) * 1_000_003 + index) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    # Every step.
+
+    def _collects(self) -> bool:
+        """Whether the dense gradient of the coming optimizer step is part of an update."""
+        if not (self.changes_topology and self.needs_gradient):
+            return False
+        coming = self.schedule.next_update(self.steps)
+        return self._due or (coming is not None and self.steps + self.grad_steps >= coming)
+
+    @torch.no_grad()
+    def _on_gradient(self, layer: SparseLayer, param: Tensor) -> None:
+        if param.grad is None:
+            return
+        grad, multiplier = local(param.grad), layer.multiplier()
+        if self._collecting:
+            # Autograd sums active entries over micro-batches; inactive ones were masked away and are summed
+            # here.
+            summed = (
+                grad.clone()
+                if layer.gradient is None
+                else torch.where(multiplier > 0, grad, layer.gradient + grad)
+            )
+            layer.gradient = summed
+        grad.mul_(multiplier)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Count one optimizer step and, when it is time, update the topology. Returns whether it changed it.
+
+        An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step.
+        """
+        if self._finished:
+            raise FaninError(
+                "step() after finalize(): its hooks are gone, so that gradients are no longer masked"
+            )
+        self.steps += 1
+        if self._masks_weights:
+            for layer in self.layers:
+                local(layer.param).mul_(layer.multiplier())
+        updated = False
+        if self.changes_topology and (self._due or self.schedule.updates_at(self.steps)):
+            updated = self._update()
+            self._due = not updated and self.steps < self.schedule.t_end
+        elif self._collecting:
+            for layer in self.layers:
+                if layer.gradient is not None:
+                    layer.earlier = (
+                        layer.gradient if layer.earlier is None else layer.earlier + layer.gradient
+                    )
+                    layer.gradient = None
+        self._collecting = self._collects()
+        return updated
+
+    # An update.
+
+    def _update(self) -> bool:
+        parts = [layer.gradient if layer.gradient is not None else layer.earlier for layer in self.layers]
+        if not on_all_ranks(all(bool(part.isfinite().all()) for part in parts if part is not None)):
+            for layer in self.layers:
+                layer.gradient = layer.earlier = None
+            return False
+        fraction = self.schedule.fraction(self.steps)
+        for index, layer in enumerate(self.layers):
+            self._update_layer(layer, fraction, self._generator(index))
+        return True
+
+    def _update_layer(self, layer: SparseLayer, fraction: float, generator: torch.Generator) -> None:
+        self._check_zeros(layer)
+        gradient = self._dense_gradient(layer)
+        layer.gradient = layer.earlier = None
+        if self.needs_gradient and not gradient.any():
+            return  # unused since the last update: nothing to rank by
+        mask, weight = layer.rows(layer.mask), layer.weight_rows()
+        per_block = (x.chunk(layer.blocks) for x in (weight, gradient, mask))
+        new = [
+            self._next_mask(Block(layer, w, g, m, budget, fraction, generator))
+            for w, g, m, budget in zip(*per_block, layer.budgets, strict=True)
+        ]
+        layer.set_mask(from_first_rank(torch.cat(new)))
+        self._apply_mask(layer)
+
+    def _dense_gradient(self, layer: SparseLayer) -> Tensor:
+        """[neurons, dense fan-in], of all ranks and all steps of the window; zeros where no backward came
+        by."""
+        if not self.needs_gradient:
+            return layer.weight_rows().new_empty(0).expand(layer.blocks, 0)
+        parts = [part for part in (layer.gradient, layer.earlier) if part is not None]
+        total = sum(parts, start=torch.zeros_like(local(layer.param)))
+        return layer.rows(mean_gradient(total, layer.param))
+
+    def _apply_mask(self, layer: SparseLayer) -> None:
+        layer.zero_inactive(layer.param)
+        if layer.param.grad is not None:
+            layer.zero_inactive(layer.param.grad)
+        clear_inactive_state(self.optimizer, layer)
+        if layer.explored is not None:
+            layer.explored |= layer.mask
+
+    def _check_zeros(self, layer: SparseLayer) -> None:
+        weight = local(layer.param)
+        masked = weight * layer.multiplier()
+        if not torch.equal(masked, weight):
+            count = int((masked != weight).sum())
+            raise MaskError(
+                f"{layer.name}: {count} weights off the mask are not 0 (or are NaN); expected none: something "
+                "other than the optimizer wrote them, or their gradient was set without backward()"
+            )
+
+    # Checkpoints and the end.
+
+    def state_dict(self, *, grads: bool = False) -> dict[str, Any]:
+        """Everything a resumed run needs besides the state of the model and of the optimizer.
+
+        Under several processes each rank saves its own, for a recorded gradient is the rank's. With ``grads``
+        it also holds every ``.grad`` of the model: a run cut between micro-batches then goes on bit for bit.
+        """
+        state = {"method": type(self).__name__, "steps": self.steps, "due": self._due}
+        return state | save(self.layers, self.model if grads else None)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``; load the state of model and optimizer too, in any order.
+
+        Raises OptionError, before anything is changed, for the state of another method or of other layers.
+        """
+        if state["method"] != type(self).__name__:
+            raise OptionError(f"the state is of {state['method']}; expected {type(self).__name__}")
+        restore(self.layers, self.model, state)
+        self.steps, self._due = state["steps"], state["due"]
+        for layer in self.layers:
+            self._apply_mask(layer)
+        self._collecting = self._collects()
+
+    def finalize(self, *, keep_masks: bool = True) -> nn.Module:
+        """Remove every hook and record; what is left is a plain module whose weights are 0 off their masks.
+
+        ``keep_masks`` leaves the ``<weight>_mask`` buffers, by which the compiler knows an active weight that
+        happens to be exactly 0. Returns the model.
+        """
+        if not self._finished:
+            for handle in self._handles:
+                handle.remove()
+            for layer in self.layers:
+                layer.release()
+                if not keep_masks:
+                    layer.remove_mask()
+        self._finished = True
+        return self.model
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} at step {self.steps}, {self.schedule}"]
+        for layer in self.layers:
+            rows = layer.rows(layer.mask).sum(dim=1)
+            alive = int((rows > 0).sum())
+            k = int(rows.sum()) / max(alive, 1)
+            inputs = f"{k:g} of {layer.dense_fan_in} inputs"
+            lines.append(f"  {layer.name}: {alive} of {layer.neurons} neurons with {inputs}")
+        lines += [f"  {name}: dense ({reason})" for name, reason in self.plan.dense.items()]
+        return "\n".join(lines)

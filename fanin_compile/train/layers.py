@@ -1,0 +1,171 @@
+"""The weights that can be sparse, each seen as a matrix [neurons, dense fan-in].
+
+The mask of a Parameter ``weight`` is a bool buffer ``weight_mask`` of the same shape on the module that owns
+the Parameter, so it follows state_dict, deepcopy, torch.save and .to(), and is what the compiler reads.
+The Parameter keeps its name and its place and is exactly 0 off the mask: no forward overhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from fanin_compile.errors import MaskError, OptionError
+from fanin_compile.train.shards import gather, local, local_part
+
+MhaBlocks = Literal["matrix", "projection", "head"]
+_ROW_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(eq=False)
+class SparseLayer:
+    """One Parameter that can be sparse.
+
+    ``owners``: every (module, attribute) that holds it, more than one when weights are tied. ``transposed``:
+    stored as [inputs, neurons] (GPT-2's Conv1D). ``blocks``: equal groups of rows, ranked and given their
+    budget one by one (the heads of an attention projection).
+    """
+
+    name: str
+    param: Parameter
+    owners: list[tuple[nn.Module, str]]
+    tied_names: list[str]
+    transposed: bool = False
+    blocks: int = 1
+    budgets: tuple[int, ...] = ()  # active weights that each block may hold
+    ablate: bool = False
+    gradient: Tensor | None = None  # dense, of the optimizer step in progress; this rank's part
+    earlier: Tensor | None = None  # dense, summed over the earlier steps of the window
+    explored: Tensor | None = None  # bool: ever active (in-time over-parameterisation)
+    _multiplier: Tensor | None = field(default=None, repr=False)
+    _multiplier_of: tuple[Tensor | None, int] = field(default=(None, 0), repr=False)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.owners[0][0]
+
+    @property
+    def neurons(self) -> int:
+        return self.param.shape[1 if self.transposed else 0]
+
+    @property
+    def dense_fan_in(self) -> int:
+        return self.param.shape.numel() // self.neurons
+
+    @property
+    def block_neurons(self) -> int:
+        return self.neurons // self.blocks
+
+    @property
+    def mask_name(self) -> str:
+        return f"{self.owners[0][1]}_mask"
+
+    @property
+    def has_mask(self) -> bool:
+        return self.module._buffers.get(self.mask_name) is not None
+
+    @property
+    def mask(self) -> Tensor:
+        """The bool buffer; of the Parameter's whole shape on every rank."""
+        mask = self.module._buffers.get(self.mask_name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != self.param.shape:
+            found = "none" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
+            wanted = f"a bool buffer {self.mask_name!r} of shape {tuple(self.param.shape)}"
+            raise MaskError(f"{self.name}: expected {wanted}; found {found}")
+        return mask
+
+    def set_mask(self, rows: Tensor) -> None:
+        """Write bool [neurons, dense fan-in] into the buffer, registering it where there is none."""
+        full = (rows.t() if self.transposed else rows).reshape(self.param.shape)
+        if self.has_mask:
+            self.mask.copy_(full)
+            return
+        mask = full.to(self.param.device, copy=True).contiguous()
+        for module, attribute in self.owners:
+            module.register_buffer(f"{attribute}_mask", mask)
+
+    def remove_mask(self) -> None:
+        for module, attribute in self.owners:
+            delattr(module, f"{attribute}_mask")
+
+    def names(self) -> Iterator[tuple[nn.Module, str]]:
+        """(module, fully qualified name) of the weight under each module that it is tied to."""
+        return zip((module for module, _ in self.owners), self.tied_names, strict=True)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the Parameter's shape as [neurons, dense fan-in]."""
+        return tensor.t() if self.transposed else tensor.flatten(1)
+
+    def weight_rows(self) -> Tensor:
+        """The whole weight, [neurons, dense fan-in], on every rank."""
+        return self.rows(gather(local(self.param.detach()), self.param))
+
+    def set_weight(self, rows: Tensor) -> None:
+        """Write the whole weight, [neurons, dense fan-in], keeping this rank's part."""
+        full = (rows.t() if self.transposed else rows).reshape(self.param.shape)
+        local(self.param.detach()).copy_(local_part(full, self.param))
+
+    def multiplier(self) -> Tensor:
+        """The mask as 0 and 1 in the Parameter's dtype, this rank's part: on a CPU, multiplying by it is 6 x
+        faster than by bools. Made again when the buffer was written to or replaced."""
+        mask = self.mask
+        cached = self._multiplier
+        source, version = self._multiplier_of
+        stale = source is not mask or version != mask._version
+        if cached is None or stale or cached.dtype != self.param.dtype:
+            cached = self._multiplier = local_part(mask, self.param).to(self.param.dtype)
+            self._multiplier_of = (mask, mask._version)
+        return cached
+
+    def zero_inactive(self, tensor: Tensor, value: float = 0.0) -> None:
+        """Set ``tensor``, laid out as the Parameter, to ``value`` off the mask, in place (NaN included)."""
+        local(tensor).masked_fill_(local_part(~self.mask, self.param), value)
+
+    def release(self) -> None:
+        """Forget everything that only training needs."""
+        self.gradient = self.earlier = self.explored = self._multiplier = None
+        self._multiplier_of = (None, 0)
+
+
+def sparse_attributes(module: nn.Module) -> Iterator[tuple[str, bool, int, int]]:
+    """(attribute, transposed, projections, heads) of each weight of ``module`` that can be sparse."""
+    if isinstance(module, _ROW_LAYERS):
+        yield "weight", False, 1, 1
+    elif isinstance(module, nn.MultiheadAttention):
+        yield "in_proj_weight", False, 3, module.num_heads
+        for attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):  # where kdim or vdim differ
+            yield attribute, False, 1, module.num_heads
+    elif type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        yield "weight", True, 1, 1
+
+
+def find_layers(model: nn.Module, mha_blocks: MhaBlocks = "matrix") -> list[SparseLayer]:
+    """Every weight of ``model`` that can be sparse, in the order of its modules.
+
+    Left out: frozen Parameters, and Parameters tied to something else (an embedding), which stays dense.
+    """
+    if mha_blocks not in ("matrix", "projection", "head"):
+        raise OptionError(f"mha_blocks is {mha_blocks!r}; expected 'matrix', 'projection' or 'head'")
+    layers: dict[Parameter, SparseLayer] = {}
+    tied_elsewhere: set[Parameter] = set()
+    for module_name, module in model.named_modules():
+        here: set[str] = set()
+        for attribute, transposed, projections, heads in sparse_attributes(module):
+            here.add(attribute)
+            param = module._parameters.get(attribute)
+            if param is None or not param.requires_grad:
+                continue
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if param in layers:
+                layers[param].owners.append((module, attribute))
+                layers[param].tied_names.append(name)
+                continue
+            blocks = {"matrix": 1, "projection": projections, "head": projections * heads}[mha_blocks]
+            layers[param] = SparseLayer(name, param, [(module, attribute)], [name], transposed, blocks)
+        tied_elsewhere.update(p for a, p in module._parameters.items() if p is not None and a not in here)
+    return [layer for param, layer in layers.items() if param not in tied_elsewhere]

@@ -1,0 +1,103 @@
+"""Which weights become sparse and how sparse: selection and allocation, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from torch import nn
+
+from fanin_compile.errors import OptionError
+from fanin_compile.train.allocation import budget, erk, exact, uniform
+from fanin_compile.train.layers import MhaBlocks, SparseLayer, find_layers
+from fanin_compile.train.selection import Pattern, Patterns, as_patterns, matches, refuse_idle
+
+Allocation = Literal["erk", "uniform"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``sparse``: layers with their budgets set. ``dense``: name -> why it stays dense. ``last``: the name of
+    the last layer of the model that could be sparse, which is usually its output."""
+
+    sparse: tuple[SparseLayer, ...]
+    dense: dict[str, str]
+    last: str | None
+
+
+def _first_match(patterns: tuple[Pattern, ...], layer: SparseLayer, used: set[Pattern]) -> Pattern | None:
+    """The first pattern that means ``layer`` under any of the names it is tied to; all that do count as
+    used."""
+    hits = [p for p in patterns if any(matches(p, module, name) for module, name in layer.names())]
+    used.update(hits)
+    return hits[0] if hits else None
+
+
+def choose(layers: list[SparseLayer], option: str, patterns: Patterns) -> set[str]:
+    """Names of the layers that ``patterns`` mean; raises OptionError for a name, glob or type that means
+    none."""
+    wanted, used = as_patterns(patterns), set[Pattern]()
+    chosen = {layer.name for layer in layers if _first_match(wanted, layer, used) is not None}
+    refuse_idle(option, wanted, used, [layer.name for layer in layers])
+    return chosen
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    sparsity: float,
+    allocation: Allocation = "erk",
+    erk_power: float = 1.0,
+    dense_first: bool | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    overrides: Mapping[str, float] | None = None,
+    mha_blocks: MhaBlocks = "matrix",
+) -> Plan:
+    """Choose the layers and give each its budget of active weights; the arguments are SparseTraining's."""
+    if allocation not in ("erk", "uniform"):
+        raise OptionError(f"allocation is {allocation!r}; expected 'erk' or 'uniform'")
+    layers = find_layers(model, mha_blocks)
+    dense: dict[str, str] = {}
+    if include is not None:
+        included = choose(layers, "include", include)
+        dense.update({layer.name: "not included" for layer in layers if layer.name not in included})
+    excluded = choose(layers, "exclude", exclude)
+    dense.update({layer.name: "excluded" for layer in layers if layer.name in excluded})
+
+    own = {pattern: exact(value) for pattern, value in (overrides or {}).items()}
+    used: set[Pattern] = set()
+    density: dict[str, Fraction] = {}
+    for layer in layers:
+        pattern = _first_match(tuple(own), layer, used)
+        if layer.name not in dense and isinstance(pattern, str):
+            density[layer.name] = 1 - own[pattern]
+    refuse_idle("overrides", tuple(own), used, [layer.name for layer in layers])
+
+    if dense_first is None:
+        dense_first = allocation == "uniform" and len(layers) > 1
+    if dense_first and layers and layers[0].name not in density:
+        dense.setdefault(layers[0].name, "first layer")
+    shapes = {x.name: tuple(x.param.shape) for x in layers if x.name not in dense and x.name not in density}
+    rule = (
+        uniform(shapes, exact(sparsity))
+        if allocation == "uniform"
+        else erk(shapes, exact(sparsity), erk_power)
+    )
+    density.update(rule)
+
+    sparse: list[SparseLayer] = []
+    for layer in layers:
+        if layer.name in dense:
+            continue
+        if density[layer.name] >= 1:
+            dense[layer.name] = "allocated density 1"
+            continue
+        layer.budgets = (budget(layer.block_neurons, layer.dense_fan_in, density[layer.name]),) * layer.blocks
+        sparse.append(layer)
+    if not sparse:
+        reasons = ", ".join(f"{name}: {reason}" for name, reason in dense.items()) or "the model has none"
+        raise OptionError(f"no layer is left to make sparse; expected at least one ({reasons})")
+    return Plan(tuple(sparse), dense, layers[-1].name)

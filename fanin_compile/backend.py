@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource
-from torch._guards import install_guard
 from torch._inductor import config as inductor_config
 from torch.compiler import config as compiler_config
 
@@ -39,7 +38,7 @@ from fanin_compile.capture import (
 )
 from fanin_compile.errors import BuildError, RewriteError
 from fanin_compile.freshness import Watch, watch_fused_optimizers
-from fanin_compile.graph import Context, Gate, PipelineResult, run_pipeline
+from fanin_compile.graph import Context, Gate, PipelineResult, attr_tensor, run_pipeline
 from fanin_compile.kernels import build
 from fanin_compile.mask import find_masked_weight
 from fanin_compile.options import Options
@@ -102,9 +101,31 @@ def fanin(
         return settings.finish(gm, example_inputs)
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled."""
+    try:
+        if reason := _not_constant(example_inputs):
+            _record(Compilation(None, reason))
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                _record(Compilation(rewrite(capture(gm, example_inputs), settings)))
+    except Exception as error:
+        if settings.strict:
+            raise RewriteError(f"fanin could not analyse a graph: {error}") from error
+        _record(Compilation(None, f"{type(error).__name__}: {error}"))
+    return gm.forward
+
+
+def _not_constant(example_inputs: Sequence[Any]) -> str:
+    """Why weights may not be taken for constants in this compilation, if so."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
-        _record(Compilation(None, "gradients are enabled and needed: weights are not constant"))
+        return "gradients are enabled and needed: weights are not constant (use torch.no_grad())"
+    return ""
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+    if reason := _not_constant(example_inputs):
+        _record(Compilation(None, reason))
         return settings.finish(gm, example_inputs)
     with torch.inference_mode(False), torch.no_grad():
         captured = capture(gm, example_inputs)
@@ -141,10 +162,11 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
     names: dict[str, str] = {}
     for i, source in captured.statics.items():
         names[static_target(i)] = layer_name(source)
-        if i in captured.owners:
-            module, parameter = captured.owners[i]
-            found = find_masked_weight(module, parameter)
-            if found is not None and found.source in ("buffer", "user", "module"):
+        tensor = attr_tensor(captured.graph_module, static_target(i))
+        if i in captured.owners and tensor.is_floating_point() and tensor.ndim > 1:
+            found = find_masked_weight(*captured.owners[i])
+            # the other sources are factors in the graph, or no mask at all
+            if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
     ctx = Context(_gate(settings), masks, names, settings.values_dtype)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)
@@ -221,7 +243,9 @@ def _guard_epoch(graph_id: int) -> None:
     """Make Dynamo recompile the graph when its epoch is raised; without effect outside a Dynamo compilation."""
     if torch._guards.TracingContext.try_get() is None:
         return
-    source = DictGetItemSource(AttrSource(ImportSource(__name__), "_epochs"), graph_id)
+    source = DictGetItemSource(
+        AttrSource(AttrSource(ImportSource("fanin_compile"), "backend"), "_epochs"), graph_id
+    )
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
 
 

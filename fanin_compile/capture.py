@@ -105,8 +105,13 @@ def relift(gm: fx.GraphModule, statics: Mapping[int, Tensor]) -> None:
 
 
 def _set_static(gm: fx.GraphModule, i: int, tensor: Tensor) -> None:
-    # past nn.Module's registration: these tensors belong to the user's model and must not show as this module's state
-    object.__setattr__(gm, static_target(i), tensor)
+    name = static_target(i)
+    if hasattr(gm, name):
+        delattr(gm, name)
+    if isinstance(tensor, nn.Parameter):
+        gm.register_parameter(name, tensor)
+    else:
+        gm.register_buffer(name, tensor)
 
 
 def static_target(position: int) -> str:

@@ -18,9 +18,7 @@ import logging
 import math
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fanin_compile import ops
+from fanin_compile import ops, timing
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels import build
 from fanin_compile.records import Layer, Skip
@@ -106,10 +104,8 @@ def measure(threads: int, seconds: float = 0.04) -> Rates:
     dense = torch.randn(out, fan_in, generator=generator) * mask
     weight = CondensedWeight.from_dense(dense, mask)
     plan = ops.gather_matmul_plan(weight.indices, weight.row_ptr, fan_in)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rates = []
+    rates = []
+    with timing.threads(threads):
         for batch in BATCHES:
             x = torch.randn(batch, fan_in, generator=generator)
 
@@ -122,27 +118,10 @@ def measure(threads: int, seconds: float = 0.04) -> Rates:
                 )
                 return y
 
-            times = interleaved([run_dense, run_condensed], seconds)
+            times = timing.interleaved([run_dense, run_condensed], seconds)
             macs = (batch * dense.numel(), batch * weight.nnz)
-            rates.append(tuple(m / t for m, t in zip(macs, times, strict=True)))
-    finally:
-        torch.set_num_threads(before)
+            rates.append(tuple(m / t.median for m, t in zip(macs, times, strict=True)))
     return Rates(threads, *(tuple(side) for side in zip(*rates, strict=True)))
-
-
-def interleaved(functions: Sequence[Callable[[], object]], seconds: float) -> list[float]:
-    """Median nanoseconds of each function, run in turn so that the machine's drift meets all alike."""
-    with torch.no_grad():
-        for function in functions:
-            function()
-        times: list[list[int]] = [[] for _ in functions]
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[0]) < 3:
-            for function, measured in zip(functions, times, strict=True):
-                start = time.perf_counter_ns()
-                function()
-                measured.append(time.perf_counter_ns() - start)
-    return [statistics.median(measured) for measured in times]
 
 
 def _interpolate(rates: Sequence[float], batch: int) -> float:
@@ -157,5 +136,6 @@ def _interpolate(rates: Sequence[float], batch: int) -> float:
 
 
 def _cache_file(threads: int) -> Path:
-    # the kernels' own folder: its name covers their sources, the compiler, the ISA and torch's version
-    return build.cache_dir() / f"rates-{platform.node()}-{threads}.json"
+    # named after the library, whose own name covers sources, compiler, ISA and torch's version
+    library = build.library_path()
+    return library.with_name(f"{library.stem}-{platform.node()}-{threads}-rates.json")

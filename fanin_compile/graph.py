@@ -189,7 +189,9 @@ def add_constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) 
         ),
         None,
     )
-    node.meta["val"] = fake.from_tensor(value.detach()) if fake is not None else value.detach()
+    node.meta["val"] = (
+        fake.from_tensor(value.detach(), static_shapes=True) if fake is not None else value.detach()
+    )
     return node
 
 

@@ -81,6 +81,7 @@ def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if weight is None or meta is None:
             continue
         layer = _layer(name, site, weight, meta)
+        found.append(layer)
         if weight.nnz == math.prod(weight.shape):
             skipped.append(Skip(name, "every weight is active", {"shape": "x".join(map(str, weight.shape))}))
             continue
@@ -105,7 +106,6 @@ def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
             node.update_arg(1, folded[key])
         node.meta[LAYER] = layer
         node.meta[CONDENSED] = weight
-        found.append(layer)
     return PassResult(tuple(rewritten), tuple(skipped), tuple(found))
 
 

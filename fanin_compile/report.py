@@ -1,0 +1,290 @@
+"""Reports: what became of every layer with a mask, why the others were left, what it saves and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from fanin_compile import backend
+from fanin_compile.condense import candidates
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.layers import CondensedConv, CondensedLayer
+from fanin_compile.options import Options
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row. Bytes are those of the weight; multiply-adds those of one call with the inputs given to explain().
+
+    Attributes:
+        fan_in: least and most inputs of an active neuron.
+        macs_before, macs_after: None where they depend on inputs that were not given.
+        became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused) or "dense".
+        reason: why a layer was left dense, with the values that decided it.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    fan_in: tuple[int, int]
+    sparsity: float
+    ablated: int
+    bytes_before: int
+    bytes_after: int
+    macs_before: int | None
+    macs_after: int | None
+    became: str
+    reason: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        return self.became != "dense"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What explain() returns; print it, or take to_dict() / to_json()."""
+
+    title: str
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rewritten(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.rewritten)
+
+    @property
+    def left(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if not layer.rewritten)
+
+    def totals(self) -> dict[str, int | None]:
+        """Sums over all layers; multiply-adds are None unless every layer's are known."""
+        sums: dict[str, int | None] = {}
+        for field in ("bytes_before", "bytes_after", "macs_before", "macs_after"):
+            numbers = [getattr(layer, field) for layer in self.layers]
+            sums[field] = None if None in numbers else sum(numbers)
+        return sums
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "totals": self.totals()}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        if self.layers:
+            headers = [
+                "layer",
+                "op",
+                "shape",
+                "fan-in",
+                "sparsity",
+                "ablated",
+                "bytes",
+                "multiply-adds",
+                "became",
+            ]
+            align = ("left", "left", "left", "right", "right", "right", "right", "right", "left")
+            rows = [_row(layer) for layer in self.layers] + [_total_row(self)]
+            lines.append(tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True))
+        else:
+            lines.append("no linear or convolution layer found")
+        lines += [f"left dense: {layer.name or '(the model)'}: {layer.reason}" for layer in self.left]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(
+    model: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
+    """What fanin does, or did, with `model`.
+
+    * a condensed module: its layers as they are, and why the others were left by condense();
+    * a masked model with inputs (also one wrapped by torch.compile): what `torch.compile(model, backend="fanin",
+      options=options)` does with the graphs these inputs lead to. Nothing is compiled natively;
+    * a masked model without inputs: what condense(model) would do.
+
+    Args:
+        inputs, kwargs: as for model(*inputs, **kwargs); they set the batch sizes for multiply-adds and costs.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if any(isinstance(module, CondensedLayer) for module in model.modules()):
+        return _explain_condensed(model, inputs, kwargs)
+    if inputs or kwargs:
+        return _explain_compiled(model, inputs, kwargs, Options.parse(options))
+    return _explain_plan(model)
+
+
+def _explain_compiled(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> Report:
+    def analyse(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        return backend.analyse(gm, example_inputs, options)
+
+    # a limit of its own: this must not spend the recompiles of the user's compiled model
+    with torch.no_grad(), backend.record() as compilations, torch._dynamo.config.patch(recompile_limit=256):
+        torch.compile(model, backend=analyse)(*inputs, **kwargs)
+    layers: list[LayerReport] = []
+    notes: list[str] = []
+    for number, compilation in enumerate(compilations):
+        if compilation.result is None:
+            notes.append(f"graph {number} left untouched: {compilation.untouched}")
+        else:
+            layers += _graph_layers(compilation.result)
+    if len(compilations) != 1:
+        notes.append(f"Dynamo made {len(compilations)} graphs of this model")
+    return Report(f'torch.compile({type(model).__name__}, backend="fanin")', tuple(layers), tuple(notes))
+
+
+def _graph_layers(result: backend.PipelineResult) -> Iterator[LayerReport]:
+    reasons = {skip.layer: str(skip) for skip in result.skipped}
+    for layer in result.found:
+        done = [r for r in result.rewritten if r.layer == layer.name]
+        became = next((r for r in done if r.bytes is not None), None)
+        fused = [r.detail for r in done if r.became == "epilogue"]
+        yield LayerReport(
+            name=layer.name,
+            op=layer.op,
+            shape=layer.shape,
+            fan_in=layer.fan_in,
+            sparsity=layer.sparsity,
+            ablated=layer.ablated,
+            bytes_before=layer.dense_bytes,
+            bytes_after=layer.dense_bytes if became is None or became.bytes is None else became.bytes,
+            macs_before=layer.dense_macs,
+            macs_after=layer.dense_macs if became is None else layer.sparse_macs,
+            became="dense" if became is None else " ".join([became.became, *fused]),
+            reason="" if became is not None else reasons.get(layer.name, "no pass took it"),
+        )
+
+
+def _explain_condensed(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+    positions = _output_positions(model, inputs, kwargs) if inputs or kwargs else {}
+    layers: list[LayerReport] = []
+    for name, module in model.named_modules():
+        if isinstance(module, CondensedLayer):
+            conv = isinstance(module, CondensedConv)
+            op = f"conv{len(module.shape) - 2}d" if conv else "linear"
+            nbytes = sum(t.nbytes for key, t in module.state_dict().items() if key != "bias")
+            became = "gather-conv" if conv else "gather-matmul"
+            layers.append(_weight_row(name, op, module.condensed, nbytes, became, positions.get(module)))
+    layers += _left_rows(model, positions)
+    return Report(f"condense({type(model).__name__})", tuple(layers))
+
+
+def _explain_plan(model: nn.Module) -> Report:
+    layers: list[LayerReport] = []
+    for candidate in candidates(model):
+        if candidate.weight is not None:
+            op = type(candidate.module).__name__.lower()
+            became = (
+                "gather-matmul"
+                if candidate.weight.values.ndim and len(candidate.weight.shape) == 2
+                else "gather-conv"
+            )
+            row = _weight_row(candidate.name, op, candidate.weight, candidate.weight.nbytes, became, None)
+            layers.append(row)
+    return Report(f"condense({type(model).__name__}) would make", (*layers, *_left_rows(model, {})))
+
+
+def _left_rows(model: nn.Module, positions: Mapping[nn.Module, int]) -> Iterator[LayerReport]:
+    for candidate in candidates(model):
+        if candidate.skip is not None:
+            weight = CondensedWeight.from_dense(*candidate.found.by_neuron())
+            op = type(candidate.module).__name__.lower()
+            row = _weight_row(
+                candidate.name, op, weight, weight.dense_nbytes, "dense", positions.get(candidate.module)
+            )
+            yield LayerReport(**{**asdict(row), "macs_after": row.macs_before, "reason": str(candidate.skip)})
+
+
+def _weight_row(
+    name: str, op: str, weight: CondensedWeight, nbytes: int, became: str, positions: int | None
+) -> LayerReport:
+    counts = weight.row_fan_in()
+    return LayerReport(
+        name=name,
+        op=op,
+        shape=weight.shape,
+        fan_in=(int(counts.min()), int(counts.max())) if len(counts) else (0, 0),
+        sparsity=weight.sparsity,
+        ablated=weight.n_ablated,
+        bytes_before=math.prod(weight.shape) * weight.values.element_size(),
+        bytes_after=nbytes,
+        macs_before=None if positions is None else positions * math.prod(weight.shape),
+        macs_after=None if positions is None else positions * weight.nnz,
+        became=became,
+    )
+
+
+def _output_positions(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[nn.Module, int]:
+    """How many output vectors each layer computes in one call of the model: batch, tokens, pixels."""
+    positions: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            out = module.shape[0] if isinstance(module, CondensedLayer) else len(module.weight)  # type: ignore[arg-type]
+            positions[module] = positions.get(module, 0) + output.numel() // max(int(out), 1)
+
+    kinds = (CondensedLayer, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    with _hooked([m for m in model.modules() if isinstance(m, kinds)], count), torch.no_grad():
+        model(*inputs, **kwargs)
+    return positions
+
+
+@contextmanager
+def _hooked(modules: list[nn.Module], hook: Any) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _row(layer: LayerReport) -> list[str]:
+    low, high = layer.fan_in
+    return [
+        layer.name or "(the model)",
+        layer.op,
+        "x".join(map(str, layer.shape)),
+        str(low) if low == high else f"{low}..{high}",
+        f"{layer.sparsity:.1%}",
+        str(layer.ablated),
+        f"{_quantity(layer.bytes_before)}B -> {_quantity(layer.bytes_after)}B",
+        f"{_quantity(layer.macs_before)} -> {_quantity(layer.macs_after)}",
+        layer.became,
+    ]
+
+
+def _total_row(report: Report) -> list[str]:
+    totals = report.totals()
+    return [
+        f"{len(report.rewritten)} of {len(report.layers)} layers",
+        *[""] * 5,
+        f"{_quantity(totals['bytes_before'])}B -> {_quantity(totals['bytes_after'])}B",
+        f"{_quantity(totals['macs_before'])} -> {_quantity(totals['macs_after'])}",
+        "",
+    ]
+
+
+def _quantity(number: int | None) -> str:
+    """1234567 -> 1.23 M (decimal prefixes)."""
+    if number is None:
+        return "?"
+    value, prefixes = float(number), ["", "k", "M", "G", "T"]
+    while abs(value) >= 1000 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{number} " if prefixes[0] == "" else f"{value:.3g} {prefixes[0]}"

@@ -1,0 +1,1 @@
+"""Native CPU kernels: C++ sources, the build, and the table of variants."""

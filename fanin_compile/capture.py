@@ -121,7 +121,8 @@ def static_target(position: int) -> str:
 
 def static_position(target: str) -> int | None:
     """The input position a get_attr target stands for, None if it is another constant."""
-    return int(target.removeprefix(_PREFIX)) if target.startswith(_PREFIX) else None
+    match = re.fullmatch(rf"{_PREFIX}(\d+)", target)
+    return int(match[1]) if match else None
 
 
 def unlift(gm: fx.GraphModule) -> fx.GraphModule:

@@ -253,7 +253,7 @@ def _guard_epoch(graph_id: int) -> None:
 def _own_cache_key() -> Iterator[None]:
     """Key inductor's cache entries of our graphs by the content of this package: an edit never meets an old one."""
     tag = f"{compiler_config.cache_key_tag}fanin-{_source_hash()}"
-    with compiler_config.patch(cache_key_tag=tag):
+    with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # installed at run time
         yield
 
 

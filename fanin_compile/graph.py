@@ -6,6 +6,7 @@ them, as both doors produce it: the backend from Dynamo's graph, `condense(..., 
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import time
@@ -80,8 +81,8 @@ def run_pipeline(gm: fx.GraphModule, passes: Sequence[Pass], ctx: Context) -> Pi
         RewriteError: a pass raised, left an invalid graph or changed the outputs' shapes; the message names it and
             those that ran before.
     """
-    # fx.GraphModule(gm, graph) copies no tensors; deepcopy of the graph keeps node.meta.
-    work = fx.GraphModule(gm, _copy_graph(gm.graph))
+    # a deep copy of a graph copies nodes and their meta, no tensors
+    work = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     expected = _output_signature(work)
     results: list[tuple[str, PassResult]] = []
     seconds: dict[str, float] = {}
@@ -102,17 +103,6 @@ def run_pipeline(gm: fx.GraphModule, passes: Sequence[Pass], ctx: Context) -> Pi
         log.debug("pass %s: %d rewritten, %d left", name, len(result.rewritten), len(result.skipped))
     work.recompile()
     return PipelineResult(work, tuple(results), seconds)
-
-
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    output = copy.graph_copy(graph, val_map := {}, return_output_node=True)
-    if output is not None:
-        value, old = output
-        copy.output(value).meta = dict(old.meta)
-    for old, new in val_map.items():
-        new.meta = dict(old.meta)
-    return copy
 
 
 def _output_signature(gm: fx.GraphModule) -> tuple[object, ...]:

@@ -8,6 +8,8 @@ No im2col: each non-zero is one offset into the padded planes of x. Ablated chan
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -17,6 +19,7 @@ from fanin_compile.graph import (
     CondensedNodes,
     Context,
     PassResult,
+    bind_arguments,
     kernel_refuses,
     replace_node,
 )
@@ -63,17 +66,16 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
     return PassResult(tuple(rewritten), tuple(skipped))
 
 
-def _arguments(
-    node: fx.Node, dims: int
-) -> tuple[fx.Node, fx.Node, fx.Node | None, list[int], object, list[int], int]:
-    """x, weight, bias, stride, padding, dilation, groups with defaults filled in and one number spread to all dims."""
-    x, weight, bias, stride, padding, dilation, groups = (
-        *node.args,
-        *(None, 1, 0, 1, 1)[len(node.args) - 2 :],
+def _arguments(node: fx.Node, dims: int) -> tuple[Any, Any, Any, list[int], Any, list[int], int]:
+    """x, weight, bias, stride, padding, dilation, groups: defaults filled in, one number spread to all dims."""
+    bound = bind_arguments(node)
+    x, weight = bound["input"], bound["weight"]
+    padding = bound["padding"]
+    return (
+        *(x, weight, bound["bias"], _spread(bound["stride"], dims)),
+        padding if isinstance(padding, str) else _spread(padding, dims),
+        *(_spread(bound["dilation"], dims), bound["groups"]),
     )
-    if not isinstance(padding, str):
-        padding = _spread(padding, dims)
-    return x, weight, bias, _spread(stride, dims), padding, _spread(dilation, dims), groups
 
 
 def _spread(value: int | list[int], dims: int) -> list[int]:

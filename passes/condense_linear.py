@@ -7,6 +7,8 @@ The weight's zeros are gone from memory and from the arithmetic; y keeps its sha
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import fx
 
@@ -37,9 +39,8 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
             skipped.append(refusal)
             continue
         parts = constants.of(dense, weight)
-        plan = constants.extra(
-            dense, "plan", lambda w=weight: gather_matmul_plan(w.indices, w.row_ptr, w.dense_fan_in)
-        )
+        make_plan = functools.partial(gather_matmul_plan, weight.indices, weight.row_ptr, weight.dense_fan_in)
+        plan = constants.extra(dense, "plan", make_plan)
         replace_node(
             node,
             torch.ops.fanin.gather_matmul.default,

@@ -203,4 +203,5 @@ def _depends_on_constants(node: fx.Node, constant: set[fx.Node]) -> bool:
 
 def _first(graph: fx.Graph) -> fx.Node:
     """The first node which is no placeholder: constants go before it, so that every user comes after."""
-    return next(node for node in graph.nodes if node.op != "placeholder")
+    first: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,9 +149,23 @@ def test_largest_survives_a_sample_that_misleads() -> None:
     assert torch.equal(largest_entries(score, 100_000), expected)
 
 
-@pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 3], [4, 4, 4]])
-def test_largest_per_row(counts: list[int]) -> None:
-    score = torch.tensor([[1.0, 4, 2, 3], [9, 8, 7, 6], [5, 6, 7, 8]])
-    chosen = largest_per_row(score, torch.tensor(counts))
-    for row, count in enumerate(counts):
-        assert sorted(score[row][chosen[row]].tolist()) == sorted(score[row].tolist())[4 - count :]
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(3, 4), (1, 70_000), (700, 100), (90, 801), (1000, 67)]),
+    st.sampled_from([2, 50, 10**6]),
+    st.sampled_from([0.01, 0.04, 0.5, 1.0]),
+)
+def test_largest_per_row_is_exact_by_value_at_every_size_and_with_ties(
+    seed: int, shape: tuple[int, int], levels: int, share: float
+) -> None:
+    """Sizes on both sides of the ranking by chunks, with few and with many wanted."""
+    n, f = shape
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, levels, shape, generator=generator).float()
+    count = torch.randint(0, round(share * f) + 1, (n,), generator=generator)
+    chosen = topology.mask_at(largest_per_row(score, count), score.shape)
+    assert torch.equal(chosen.sum(dim=1), count)
+    smallest_chosen = score.masked_fill(~chosen, torch.inf).amin(dim=1)
+    largest_left = score.masked_fill(chosen, -torch.inf).amax(dim=1)
+    assert (smallest_chosen >= largest_left).all()

@@ -50,14 +50,33 @@ def largest_entries(flat: Tensor, count: int) -> Tensor:
 
 
 def largest_per_row(score: Tensor, count: Tensor) -> Tensor:
-    """Bool [n, f], True at the ``count[i]`` largest entries of row i of ``score``; ``count`` is int64 [n]."""
-    chosen = torch.zeros_like(score, dtype=torch.bool)
-    widest = int(count.max()) if count.numel() else 0
+    """int64, flat indices into ``score`` [n, f] of the ``count[i]`` largest entries of each row i.
+
+    Exact. ``count`` is int64 [n], at most f. At least count[i] entries of row i reach the count[i]-th largest of
+    the maxima of disjoint chunks of it, so that only entries which do are ranked: few more than are wanted.
+    """
+    n, f = score.shape
+    widest = int(count.max()) if n else 0
     if widest <= 0:
-        return chosen
-    order = torch.topk(score, widest, dim=1).indices
+        return torch.empty(0, dtype=torch.int64, device=score.device)
+    chunk = min(8, f // (4 * widest))
+    if chunk < 4 or score.numel() < _SMALL:
+        order = torch.topk(score, widest, dim=1).indices
+        wanted = torch.arange(widest, device=score.device) < count[:, None]
+        return (order + torch.arange(n, device=score.device)[:, None] * f)[wanted]
+    chunks = f // chunk
+    maxima = score[:, : chunks * chunk].view(n, chunk, chunks).amax(dim=1)
+    bound = torch.topk(maxima, widest, dim=1).values.gather(1, (count[:, None] - 1).clamp(min=0))
+    bound.masked_fill_(count[:, None] == 0, torch.inf)
+    candidates = (score >= bound).flatten().nonzero().flatten()
+    row = candidates // f
+    found = torch.bincount(row, minlength=n)
+    start = found.cumsum(0) - found
+    packed = score.new_full((n, int(found.max())), -torch.inf)
+    packed[row, torch.arange(len(row), device=row.device) - start[row]] = score.flatten()[candidates]
+    order = torch.topk(packed, widest, dim=1).indices + start[:, None]
     wanted = torch.arange(widest, device=score.device) < count[:, None]
-    return chosen.scatter_(1, order, wanted)
+    return candidates[order[wanted]]
 
 
 def mask_at(indices: Tensor, shape: torch.Size) -> Tensor:
@@ -70,7 +89,7 @@ def mask_at(indices: Tensor, shape: torch.Size) -> Tensor:
 def random_fan_in(neurons: int, dense_fan_in: int, k: int, generator: torch.Generator) -> Tensor:
     """Bool [neurons, dense_fan_in] with exactly ``k`` inputs in every row, drawn uniformly (on the CPU)."""
     score = torch.rand(neurons, dense_fan_in, generator=generator)
-    return largest_per_row(score, torch.full((neurons,), k))
+    return mask_at(largest_per_row(score, torch.full((neurons,), k)), score.shape)
 
 
 def random_unstructured(
@@ -137,11 +156,10 @@ def constant_fan_in_update(
         score = torch.full_like(w, -1.0)
         score[kept] = w[kept].abs()
         count = count.clamp(max=k)
-        kept = largest_per_row(score.view(n, f), count).flatten().nonzero().flatten()
+        kept = largest_per_row(score.view(n, f), count)
     g[kept] = -1.0
-    new = largest_per_row(g.view(n, f), (k - count) * alive)
-    new.view(-1)[kept] = True
-    return new
+    grown = largest_per_row(g.view(n, f), (k - count) * alive)
+    return mask_at(torch.cat([kept, grown]), mask.shape)
 
 
 def unstructured_update(weight: Tensor, growth: Tensor, mask: Tensor, *, fraction: float) -> Tensor:

@@ -175,7 +175,7 @@ class SparseTraining(abc.ABC):
         layer.explored = layer.mask.clone()
         weight = initial_weight(layer.weight_rows(), mask, init, generator)
         layer.set_weight(weight)
-        clear_inactive_state(self.optimizer, layer)
+        self._apply_mask(layer)  # to gradients and state of an earlier, dense training too
 
     def _generator(self, index: int) -> torch.Generator:
         """Fresh for each step and layer, so that a resumed run needs no generator state."""
@@ -197,14 +197,11 @@ class SparseTraining(abc.ABC):
             return
         grad, multiplier = local(param.grad), layer.multiplier()
         if self._collecting:
-            # Autograd sums active entries over micro-batches; inactive ones were masked away and are summed
-            # here.
-            summed = (
-                grad.clone()
-                if layer.gradient is None
-                else torch.where(multiplier > 0, grad, layer.gradient + grad)
+            # Autograd adds up active entries over micro-batches; inactive ones were masked and add up here.
+            earlier = layer.gradient
+            layer.gradient = (
+                grad.clone() if earlier is None else torch.where(multiplier > 0, grad, earlier + grad)
             )
-            layer.gradient = summed
         grad.mul_(multiplier)
 
     @torch.no_grad()

@@ -1,0 +1,100 @@
+"""One-shot pruning: which inputs stay, what is left alone, and that training goes on from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fanin_compile.errors import OptionError
+from fanin_compile.train import SRigL, Static, prune_to_fan_in
+from tests.train_support import (
+    assert_agreement,
+    assert_constant_fan_in,
+    assert_same_bits,
+    batch,
+    loss_of,
+    mlp,
+    parameters,
+    train,
+    weight_and_mask,
+)
+
+
+def test_magnitude_keeps_the_largest_inputs_of_each_neuron() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].get_parameter("weight").copy_(torch.tensor([[1.0, -4, 3, 2], [0.1, 0.2, -0.4, 0.3]]))
+    plan = prune_to_fan_in(model, 0.5)
+    weight, mask = weight_and_mask(model[0])
+    assert mask.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    torch.testing.assert_close(weight, torch.tensor([[0.0, -4, 3, 0], [0, 0, -0.4, 0.3]]))
+    assert [layer.name for layer in plan.sparse] == ["0.weight"]
+
+
+def test_gradient_keeps_what_the_loss_depends_on() -> None:
+    """Input 0 is never there: its weights, though the largest, do not matter."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    weight = model[0].get_parameter("weight")
+    with torch.no_grad():
+        weight[:, 0] = 100.0
+    weight.grad = torch.full_like(weight, 7.0)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0.0
+    prune_to_fan_in(model, 0.25, criterion="gradient", closure=lambda: model(x).square().mean().backward())
+    assert weight_and_mask(model[0])[1].int().tolist() == [[0, 1, 1, 1]] * 3
+    assert weight.grad.eq(7.0).all(), "gradients that were there are put back"
+
+
+@pytest.mark.parametrize("method", [SRigL, Static])
+def test_training_goes_on_from_a_pruned_model(method: type[SRigL] | type[Static]) -> None:
+    model = mlp(24, 32, 4)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for step in range(5):  # the optimizer has dense state by now
+        optimizer.zero_grad()
+        loss_of(model, batch(model, step)).backward()
+        optimizer.step()
+    prune_to_fan_in(model, 0.75)
+    pruned = parameters(model)
+    sparse = method(model, optimizer, total_steps=20, delta_t=2)
+    assert_same_bits(pruned, parameters(model))
+    assert_agreement(sparse)
+    train(model, optimizer, sparse, 8)
+    assert_agreement(sparse)
+    assert_constant_fan_in(sparse)
+
+
+def test_options_choose_layers_and_fan_ins() -> None:
+    def fan_ins(**options: Any) -> list[int]:
+        model = mlp(40, 20, 20, 10)
+        plan = prune_to_fan_in(model, 0.8, **options)
+        return [int(layer.mask.sum()) // layer.neurons for layer in plan.sparse]
+
+    assert fan_ins() == [8, 4, 4]
+    assert fan_ins(exclude="4") == [8, 4]
+    assert fan_ins(include=["0", "4"]) == [8, 4]
+    assert fan_ins(dense_first=True) == [4, 4]
+    assert fan_ins(overrides={"2": 0.5}) == [8, 10, 4]
+    # 280 of 1400 weights, shared as 60 : 40 : 30
+    assert fan_ins(allocation="erk") == [6, 4, 6]
+    assert fan_ins(allocation="erk", erk_power=0.0) == [8, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "options", "message"),
+    [
+        (0.99, {}, r"layer '0.weight'.*fan-in of 0"),
+        (0.5, {"criterion": "hessian"}, "criterion is 'hessian'"),
+        (0.5, {"criterion": "gradient"}, "closure: none"),
+        (0.5, {"closure": lambda: None}, "closure: one"),
+        (0.5, {"criterion": "gradient", "closure": lambda: None}, "no gradient after closure"),
+    ],
+)
+def test_refusals_leave_the_model_alone(sparsity: float, options: dict[str, Any], message: str) -> None:
+    model = mlp(24, 32, 4)
+    before = parameters(model)
+    with pytest.raises(OptionError, match=message):
+        prune_to_fan_in(model, sparsity, **options)
+    assert_same_bits(before, parameters(model))

@@ -139,10 +139,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
         raise RewriteError(
             f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
         )
-    rewritten = unlift(result.graph_module)
+    rewritten, constants = _take_constant_outputs(unlift(result.graph_module))
     with _own_cache_key():
         compiled = settings.finish(rewritten, example_inputs)
-    return _FreshGraph(compiled, gm, captured, rewritten, settings, packed, example_inputs)
+    _guard_roots(captured, packed)
+    return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, example_inputs)
 
 
 def _packed(captured: Captured, rewritten: fx.GraphModule) -> tuple[int, ...]:
@@ -156,6 +157,21 @@ def _packed(captured: Captured, rewritten: fx.GraphModule) -> tuple[int, ...]:
     return tuple(i for i, count in before.items() if after.get(i, 0) < count)
 
 
+def _take_constant_outputs(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, Tensor]]:
+    """Part a graph from the constants it hands out as they are, such as the product torch.nn.utils.prune leaves on a
+    module: by position, tensors which are no buffers of ours, so that packing anew never writes to what a user holds.
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    nodes = output.args[0]
+    taken = {i: n for i, n in enumerate(nodes) if isinstance(n, fx.Node) and n.op == "get_attr"}
+    output.args = (tuple(n for i, n in enumerate(nodes) if i not in taken),)
+    constants = {}
+    for i, node in taken.items():
+        tensor = attr_tensor(gm, str(node.target))
+        constants[i] = tensor.clone()
+    return fx.GraphModule(gm, gm.graph), constants
+
+
 def rewrite(captured: Captured, settings: Options) -> PipelineResult:
     """Run the passes over a captured graph, reading masks and names from the modules its weights belong to."""
     masks: dict[str, Tensor] = {}
@@ -163,8 +179,10 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
     for i, source in captured.statics.items():
         names[static_target(i)] = layer_name(source)
         tensor = attr_tensor(captured.graph_module, static_target(i))
-        if i in captured.owners and tensor.is_floating_point() and tensor.ndim > 1:
-            found = find_masked_weight(*captured.owners[i])
+        owner = captured.owners.get(i)
+        module = None if owner is None else owner.module()
+        if owner is not None and module is not None and tensor.is_floating_point() and tensor.ndim > 1:
+            found = find_masked_weight(module, owner.name)
             # the other sources are factors in the graph, or no mask at all
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
@@ -193,6 +211,7 @@ class _FreshGraph:
         original: fx.GraphModule,
         captured: Captured,
         rewritten: fx.GraphModule,
+        constants: Mapping[int, Tensor],
         settings: Options,
         packed: tuple[int, ...],
         example_inputs: Sequence[Any],
@@ -200,6 +219,7 @@ class _FreshGraph:
         self._compiled, self._original = compiled, original
         self._captured, self._rewritten, self._settings = captured, rewritten, settings
         self._packed = packed
+        self._hand_out(constants)
         self._watch = Watch(packed, example_inputs, contents=settings.verify_contents)
         self._lock = threading.Lock()
         self._frozen = bool(inductor_config.freezing)  # then inductor has baked the buffers in
@@ -211,28 +231,51 @@ class _FreshGraph:
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._packed):
             return self._original(*args)  # unfrozen since: Dynamo does not guard parameters on this
-        if not self._watch.fresh(args) and not self._repack(args):
+        if not self._fresh(args) and not self._repack(args):
             return self._original(*args)
-        return self._compiled(*args)
+        outputs = self._compiled(*args)
+        if self._constants:
+            outputs = list(outputs)
+            for i, tensor, _ in self._constants:
+                outputs.insert(i, tensor)
+        return outputs
+
+    def _hand_out(self, constants: Mapping[int, Tensor]) -> None:
+        self._constants = [(i, constants[i], constants[i]._version) for i in sorted(constants)]
+
+    def _fresh(self, args: Sequence[Any]) -> bool:
+        # a user may have written to what was handed out
+        return self._watch.fresh(args) and all(t._version == version for _, t, version in self._constants)
 
     def _repack(self, args: Sequence[Any]) -> bool:
         """Bring the packed constants up to date; False if their structure changed: the graph is compiled anew."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._watch.fresh(args):  # another thread was first
+            if self._fresh(args):  # another thread was first
                 return True
-            relift(self._captured.graph_module, {i: args[i] for i in self._captured.statics})
-            rewritten = unlift(rewrite(self._captured, self._settings).graph_module)
+            try:
+                relift(self._captured.graph_module, {i: args[i] for i in self._captured.statics})
+                gm = unlift(rewrite(self._captured, self._settings).graph_module)
+            except Exception as error:
+                if self._settings.strict:
+                    raise RewriteError(f"fanin could not pack changed weights anew: {error}") from error
+                _warn_once(f"fanin could not pack changed weights anew after {type(error).__name__}: {error}")
+                return self._give_up("packing failed")
+            rewritten, constants = _take_constant_outputs(gm)
             new, old = dict(rewritten.named_buffers()), dict(self._rewritten.named_buffers())
             same = not self._frozen and rewritten.code == self._rewritten.code
             if not same or any(_layout(new[name]) != _layout(old[name]) for name in old):
-                log.info("graph %d: the structure of its masks changed, compiling anew", self._id)
-                _epochs[self._id] += 1
-                return False
+                return self._give_up("the structure of its masks changed")
             for name, buffer in old.items():
                 buffer.copy_(new[name])
+            self._hand_out(constants)
             self._watch.renew(self._packed, args)
             log.info("graph %d: weights changed, packed anew", self._id)
             return True
+
+    def _give_up(self, why: str) -> bool:
+        log.info("graph %d: %s, compiling anew", self._id, why)
+        _epochs[self._id] += 1
+        return False
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -247,6 +290,18 @@ def _guard_epoch(graph_id: int) -> None:
         AttrSource(AttrSource(ImportSource("fanin_compile"), "backend"), "_epochs"), graph_id
     )
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def _guard_roots(captured: Captured, packed: Sequence[int]) -> None:
+    """Tie the graph to the very modules whose weights it has packed, each with recompiles of its own.
+
+    Models of one class share Dynamo's cache: without this they would take turns packing their weights into one graph.
+    The guard also drops the graph, and the weights it holds, when the model goes.
+    """
+    if torch._guards.TracingContext.try_get() is None:
+        return
+    for root in {owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root}:
+        install_guard(root.make_guard(GuardBuilder.ID_MATCH))
 
 
 @contextmanager

@@ -13,14 +13,18 @@ changes of such a tensor are seen by every call.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext
+from torch._dynamo.source import LocalSource
+from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from fanin_compile.decompositions import TABLE
 
 _PREFIX = "fanin_static_"  # get_attr targets which stand for the placeholder of the same position
 
@@ -36,10 +40,19 @@ class Captured:
     """
 
     graph_module: fx.GraphModule
-    statics: Mapping[
-        int, str
-    ]  # position -> source expression, for example L['self']._modules['fc']._parameters['weight']
-    owners: Mapping[int, tuple[nn.Module, str]]  # position -> module and name within it, where Dynamo knows
+    statics: Mapping[int, str]
+    owners: Mapping[int, Owner]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a static input lives. Held weakly: a compiled graph must not keep a model alive."""
+
+    module: weakref.ref[nn.Module]
+    name: str
+    root: (
+        LocalSource | None
+    )  # Dynamo's source of the module it was reached from, if that is a local of the frame
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -80,7 +93,7 @@ def _retrace(gm: fx.GraphModule, placeholders: Sequence[fx.Node], inputs: Sequen
         else:
             fakes.append(value)
     with mode:
-        traced = make_fx(gm.forward, pre_dispatch=True)(*fakes)
+        traced = make_fx(gm.forward, decomposition_table=TABLE, pre_dispatch=True)(*fakes)
     assert isinstance(traced, fx.GraphModule)
     return traced
 
@@ -136,7 +149,7 @@ def unlift(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, gm.graph)
 
 
-def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict[int, tuple[nn.Module, str]]:
+def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict[int, Owner]:
     """The module each static input is a parameter or buffer of, by evaluating Dynamo's source of it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -157,8 +170,16 @@ def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict
         except (KeyError, AttributeError, IndexError, NameError, TypeError):
             continue  # a source that needs more than the frame's scope: this input stays nameless
         if isinstance(module, nn.Module):
-            owners[i] = (module, index)
+            owners[i] = Owner(weakref.ref(module), index, _root(holder, output.local_scope))
     return owners
+
+
+def _root(source: Source, local_scope: Mapping[str, object]) -> LocalSource | None:
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    if isinstance(source, LocalSource) and isinstance(local_scope.get(source.local_name), nn.Module):
+        return source
+    return None
 
 
 def layer_name(source: str) -> str:

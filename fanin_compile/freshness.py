@@ -8,7 +8,7 @@ ones too, whose steps we count for them). What only `refresh()` or contents=True
 from __future__ import annotations
 
 import functools
-import weakref
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +33,8 @@ class Watch:
 
     Args:
         positions: which call arguments the packed weights are made of.
-        args: the arguments at packing time; tensors are held weakly.
+        args: the arguments at packing time; the packed ones are held, as torch.utils.swap_tensors refuses tensors
+            with weak references.
         contents: compare a hash of the contents as well.
     """
 
@@ -44,25 +45,24 @@ class Watch:
     def renew(self, positions: Sequence[int], args: Sequence[Any]) -> None:
         self._generation = _generation
         tensors: list[Tensor] = [args[i] for i in positions]
-        self._seen = [
-            (i, weakref.ref(t), t._version, t.data_ptr()) for i, t in zip(positions, tensors, strict=True)
-        ]
+        self._seen = [(i, t, t._version, t.data_ptr()) for i, t in zip(positions, tensors, strict=True)]
         self._hashes = [_hash(t) for t in tensors] if self._contents else []
 
     def fresh(self, args: Sequence[Any]) -> bool:
         """Whether the packed weights still stand for `args`, as far as can be seen."""
         if self._generation != _generation:
             return False
-        for i, ref, version, pointer in self._seen:
+        for i, seen, version, pointer in self._seen:
             tensor = args[i]
-            if ref() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+            if seen is not tensor or seen._version != version or seen.data_ptr() != pointer:
                 return False
         return not self._contents or self._hashes == [_hash(args[i]) for i, *_ in self._seen]
 
 
-def _hash(tensor: Tensor) -> int:
-    with torch.no_grad():
-        return int(torch.hash_tensor(tensor.detach()).item())
+def _hash(tensor: Tensor) -> bytes:
+    # not torch.hash_tensor: its xor misses reordered values, and a flipped sign of all of them
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 @functools.cache

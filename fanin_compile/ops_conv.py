@@ -1,53 +1,222 @@
-"""The condensed convolution operator: schema and plain-torch reference (placeholder until the direct kernel lands).
+"""The condensed convolution operator: schema, plain-torch reference, fake kernel, autograd, flop formula.
 
-The conv engineer replaces this file whole.
+    gather_conv(x, values, indices, row_ptr?, rows?, bias?, weight_shape, stride, padding, dilation, groups, ...)
+        y = activation(conv(x, W) + bias + residual)
+
+for W of weight_shape [out, in/groups, *kernel] in condensed form; 1d, 2d and 3d by its length. As for the linear
+operators (ops.py), the first call on CPU builds and loads the C++ kernels, which take over the CPU and AutogradCPU
+keys; the reference serves everything else.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.utils.flop_counter import register_flop_formula
 
-from fanin_compile.condensed import CondensedWeight
+from .condensed import CondensedWeight
+from .ops import ACTIVATIONS, _row_of_each, native_available
 
-_library = torch.library.Library("fanin", "FRAGMENT")
-_library.define(
-    "gather_conv(Tensor x, Tensor values, Tensor indices, Tensor? row_ptr, Tensor? rows, Tensor? bias, "
-    "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
+aten = torch.ops.aten
+
+_ARGUMENTS = (
+    "(Tensor x, Tensor values, Tensor indices, Tensor? row_ptr, Tensor? rows, Tensor? bias, int[] weight_shape, "
+    "int[] stride, int[] padding, int[] dilation, int groups, "
     'str activation="none", Tensor? residual=None) -> Tensor'
 )
+_library = torch.library.Library("fanin", "FRAGMENT")
+# The output's memory format follows x's, so that inductor must hand over the strides it traced with.
+_library.define("gather_conv" + _ARGUMENTS, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+# Called by the C++ kernels: for dtypes they do not know, and when a gradient is wanted.
+_library.define("gather_conv_reference" + _ARGUMENTS)
+_library.define("gather_conv_with_grad" + _ARGUMENTS)
 
 
-def _reference(
+# ---- the reference ---------------------------------------------------------------------------------------
+
+
+def _dense_index(
+    indices: Tensor, row_ptr: Tensor | None, rows: Tensor | None, weight_shape: Sequence[int]
+) -> Tensor:
+    """int64 [nnz]: where each value stands in the flattened dense weight; traceable, without reading data."""
+    nnz = indices.numel()
+    if row_ptr is None:
+        row = torch.arange(indices.shape[0], device=indices.device).repeat_interleave(
+            indices.shape[1], output_size=nnz
+        )
+    else:
+        row = _row_of_each(row_ptr, nnz)
+    if rows is not None:
+        row = rows.to(torch.int64)[row]
+    return row * math.prod(weight_shape[1:]) + indices.flatten().to(torch.int64)
+
+
+def _to_dense(values: Tensor, index: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """Of weight_shape, with repeated indices added up."""
+    dense = values.new_zeros(math.prod(weight_shape))
+    return dense.scatter_add_(0, index, values.flatten()).view(list(weight_shape))
+
+
+def _memory_format(x: Tensor, dims: int) -> torch.memory_format:
+    """channels_last only where x is not contiguous as well; x may be unbatched."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    format: torch.memory_format = suggest_memory_format(x.unsqueeze(0) if x.ndim == dims + 1 else x)
+    return format
+
+
+def _empty_output(x: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
+    """[batch, out, *size] of x's dtype and memory format; without the batch if x has none."""
+    batch = [1] if x.ndim == dims + 1 else x.shape[:1]
+    y = torch.empty([*batch, *sizes], dtype=x.dtype, device=x.device, memory_format=_memory_format(x, dims))
+    return y.squeeze(0) if x.ndim == dims + 1 else y
+
+
+def reference_gather_conv(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
     row_ptr: Tensor | None,
     rows: Tensor | None,
     bias: Tensor | None,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    from fanin_compile.ops import ACTIVATIONS
+    """gather_conv by scattering to a dense weight; any floating dtype and device, half precision in fp32.
 
-    weight = CondensedWeight(values, indices, row_ptr, rows, tuple(weight_shape)).to_dense(x.dtype)
-    convolution = getattr(torch.nn.functional, f"conv{len(weight_shape) - 2}d")
-    y: Tensor = convolution(x, weight, bias, stride, padding, dilation, groups)
+    Args: see gather_conv.
+    """
+    wide = functools.reduce(torch.promote_types, (x.dtype, values.dtype, torch.float32))
+    weight = _to_dense(values.to(wide), _dense_index(indices, row_ptr, rows, weight_shape), weight_shape)
+    dims = len(weight_shape) - 2
+    batch = x.unsqueeze(0) if x.ndim == dims + 1 else x
+    z: Tensor = aten.convolution(
+        batch.to(wide), weight, None, stride, padding, dilation, False, [0] * dims, groups
+    )
+    z = z.squeeze(0) if x.ndim == dims + 1 else z
+    if bias is not None:
+        z = z + bias.to(wide).view(-1, *[1] * dims)
     if residual is not None:
-        y = y + residual
-    return ACTIVATIONS[activation].forward(y)
+        z = z + residual.to(wide)
+    return _empty_output(x, z.shape[-dims - 1 :], dims).copy_(ACTIVATIONS[activation].forward(z))
 
 
-_library.impl("gather_conv", _reference, "CompositeExplicitAutograd")
+# ---- the public entry point ------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fanin::gather_conv", lib=_library)
-def _fake(
+def gather_conv(
+    x: Tensor,
+    weight: CondensedWeight,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(conv(x, weight) + bias + residual) for a condensed weight [out, in/groups, *kernel].
+
+    Args:
+        x: [batch, in, *size] or [in, *size], contiguous or channels_last; other strides are copied.
+        weight: 1 to 3 kernel dimensions.
+        bias: [out].
+        stride, padding, dilation: one number or one for each dimension; padding is with zeros.
+        activation: a key of ops.ACTIVATIONS.
+        residual: of the output's shape, added before the activation.
+
+    Returns: [batch, out, *size] in x's dtype and memory format; sums are kept in fp32. Output channels without a
+        single non-zero are activation(bias + residual).
+    """
+    dims = len(weight.shape) - 2
+
+    def each(number: int | Sequence[int]) -> list[int]:
+        return [number] * dims if isinstance(number, int) else list(number)
+
+    y: Tensor = torch.ops.fanin.gather_conv(
+        x,
+        weight.values,
+        weight.indices,
+        weight.row_ptr,
+        weight.rows,
+        bias,
+        list(weight.shape),
+        each(stride),
+        each(padding),
+        each(dilation),
+        groups,
+        activation,
+        residual,
+    )
+    return y
+
+
+# ---- registration ----------------------------------------------------------------------------------------
+
+
+def _kernel(*args: Any, **kwargs: Any) -> Tensor:
+    """For any device; on CPU it loads the C++ kernel, which outranks it from then on, and calls that."""
+    if args[0].device.type == "cpu" and native_available():
+        y: Tensor = torch.ops.fanin.gather_conv.default(*args, **kwargs)
+        return y
+    return reference_gather_conv(*args, **kwargs)
+
+
+class _GatherConv(torch.autograd.Function):
+    """Gradients by x, values, bias and residual, by the dense convolution's with the densified weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Any, residual: Any, rest: tuple[Any, ...]
+    ) -> Tensor:
+        indices, row_ptr, rows, *geometry, activation = rest
+        ctx.save_for_backward(x, values, indices, row_ptr, rows, bias, residual)
+        ctx.geometry, ctx.activation = geometry, activation
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = torch.ops.fanin.gather_conv(
+                x, values, indices, row_ptr, rows, bias, *geometry, activation, residual
+            )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, values, indices, row_ptr, rows, bias, residual = ctx.saved_tensors
+        wants_x, wants_values, wants_bias, wants_residual, _ = ctx.needs_input_grad
+        shape, stride, padding, dilation, groups = ctx.geometry
+        if ctx.activation != "none":
+            z = torch.ops.fanin.gather_conv(
+                x, values, indices, row_ptr, rows, bias, *ctx.geometry, "none", residual
+            )
+            grad = ACTIVATIONS[ctx.activation].backward(grad, z)
+        dims = len(shape) - 2
+        index = _dense_index(indices, row_ptr, rows, shape)
+        unbatched = x.ndim == dims + 1
+        g, xb = (t.to(values.dtype).unsqueeze(0) if unbatched else t.to(values.dtype) for t in (grad, x))
+        by_x, by_weight, _ = aten.convolution_backward(
+            g, xb, _to_dense(values, index, shape), None, stride, padding, dilation, False, [0] * dims, groups,
+            [wants_x, wants_values, False],
+        )  # fmt: skip
+        if wants_x:
+            by_x = (by_x.squeeze(0) if unbatched else by_x).to(x.dtype)
+        by_values = by_weight.flatten()[index].view_as(values) if wants_values else None
+        by_bias = g.sum([0, *range(2, dims + 2)]).to(bias.dtype) if wants_bias else None
+        by_residual = grad.to(residual.dtype) if wants_residual else None
+        return by_x, by_values, by_bias, by_residual, None
+
+
+def _with_grad(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
@@ -62,6 +231,48 @@ def _fake(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    convolution = getattr(torch.nn.functional, f"conv{len(weight_shape) - 2}d")
-    y: Tensor = convolution(x, x.new_empty(weight_shape), bias, stride, padding, dilation, groups)
+    rest = (indices, row_ptr, rows, weight_shape, stride, padding, dilation, groups, activation)
+    y: Tensor = _GatherConv.apply(x, values, bias, residual, rest)  # type: ignore[no-untyped-call]
     return y
+
+
+def _fake_gather_conv(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor | None,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    torch._check(
+        activation in ACTIVATIONS, lambda: f"activation {activation!r}: expected one of {[*ACTIVATIONS]}"
+    )
+    dims = len(weight_shape) - 2
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[-dims:], weight_shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return _empty_output(x, [weight_shape[0], *sizes], dims)
+
+
+def _gather_conv_flops(
+    x: torch.Size, values: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Two operations per non-zero, image and output pixel; arguments are shapes."""
+    out_channels = args[4][0]
+    return 2 * math.prod(values) * (math.prod(out_shape) // max(out_channels, 1))
+
+
+_library.impl("gather_conv", _kernel, "CompositeExplicitAutograd")
+_library.impl("gather_conv", _with_grad, "Autograd")  # any device; C++ takes AutogradCPU
+_library.impl("gather_conv_reference", reference_gather_conv, "CompositeExplicitAutograd")
+_library.impl("gather_conv_with_grad", _with_grad, "CompositeImplicitAutograd")
+torch.library.register_fake("fanin::gather_conv", _fake_gather_conv, lib=_library)
+register_flop_formula(torch.ops.fanin.gather_conv)(_gather_conv_flops)

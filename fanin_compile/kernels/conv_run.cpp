@@ -1,0 +1,162 @@
+// The convolution microkernel: one weight is broadcast against a tile of consecutive outputs.
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "conv.h"
+#include "dispatch.h"
+#include "vec.h"
+
+namespace fanin::conv {
+namespace {
+
+// A tile is A vectors at p and B more at p + gap: the second image, or the last vector of a row that must not be overrun.
+template <int A, int B>
+struct Sums {
+  vf v[A + B];
+
+  FANIN_INLINE void clear() {
+#pragma GCC unroll 16
+    for (int t = 0; t < A + B; ++t) v[t] = vf{};
+  }
+  FANIN_INLINE void load(const float* sums) {
+#pragma GCC unroll 16
+    for (int t = 0; t < A + B; ++t) v[t] = load_raw<vf>(sums + t * kLanes);
+  }
+  FANIN_INLINE void store(float* sums) const {
+#pragma GCC unroll 16
+    for (int t = 0; t < A + B; ++t) store_raw(sums + t * kLanes, v[t]);
+  }
+  FANIN_INLINE void add(vf weight, const float* x, int64_t gap) {
+#pragma GCC unroll 16
+    for (int t = 0; t < A; ++t) v[t] += weight * load_raw<vf>(x + t * kLanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < B; ++t) v[A + t] += weight * load_raw<vf>(x + gap + t * kLanes);
+  }
+  template <class V, int... J>
+  FANIN_INLINE void add4(const V* values, const uint16_t* offsets, const float* x, int64_t step, int64_t gap,
+                         std::integer_sequence<int, J...>) {
+    const Weights4 w(values);
+    (add(w.pick<J>(), x + offsets[J] * step, gap), ...);
+  }
+};
+
+struct Runs {
+  const Visit *visit, *fresh, *end;
+  const void* values;
+  const uint16_t* offsets;
+  const float* x;
+  float* sums;
+  int64_t step, gap;            // floats between offsets; from the first part of the tile to the second
+};
+
+template <int A, int B, class V>
+void accumulate(const Runs& r) {
+  using S4 = std::make_integer_sequence<int, 4>;
+  const int64_t step = r.step, gap = r.gap;
+  for (const Visit* visit = r.visit; visit < r.end; ++visit) {
+    const V* w = static_cast<const V*>(r.values) + visit->start;
+    const uint16_t* o = r.offsets + visit->start;
+    float* out = r.sums + visit->row * ((A + B) * kLanes);
+    Sums<A, B> sums;
+    if (visit < r.fresh) sums.clear();
+    else sums.load(out);
+    int left = visit->count;
+    for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, r.x, step, gap, S4{});
+    for (int j = 0; j < left; ++j) sums.add(splat(widen1(w + j)), r.x + o[j] * step, gap);
+    sums.store(out);
+  }
+}
+
+using Kernel = void (*)(const Runs&);
+
+template <class V, int... T>
+constexpr std::array<Kernel, kMaxTile> one_run(std::integer_sequence<int, T...>) { return {accumulate<T, 1, V>...}; }
+template <class V, int... T>
+constexpr std::array<Kernel, kMaxTile / 2> two_runs(std::integer_sequence<int, T...>) {
+  return {accumulate<T + 1, T + 1, V>...};
+}
+
+// vectors per image, images -> kernel
+template <class V>
+Kernel kernel(int64_t vectors, int64_t images) {
+  static constexpr auto one = one_run<V>(std::make_integer_sequence<int, kMaxTile>{});
+  static constexpr auto two = two_runs<V>(std::make_integer_sequence<int, kMaxTile / 2>{});
+  return images == 2 ? two[vectors - 1] : one[vectors - 1];
+}
+
+// The outputs of lanes [from, to), of which lane `from` is sums[0].
+void pieces_of(const Plan& plan, int64_t from, int64_t to, int64_t lane, std::vector<Piece>& pieces) {
+  const Layout& l = plan.layout;
+  const Dims& out = plan.shape.out;
+  for (int64_t at = from; at < to;) {
+    const int64_t row = at / l.pitch, x = at % l.pitch, y = row % l.rows, z = row / l.rows;
+    const int64_t stop = std::min(to, (row + 1) * l.pitch);
+    if (x < out[2] && y < out[1] && z < out[0])
+      pieces.push_back({lane + at - from, (z * out[1] + y) * out[2] + x, std::min(stop - at, out[2] - x)});
+    at = stop;
+  }
+}
+
+}  // namespace
+
+int64_t scratch_floats(const Plan& plan, int64_t first_block, int64_t last_block) {
+  const Layout& l = plan.layout;
+  int64_t rows = 0;
+  for (int64_t b = first_block; b < last_block; ++b) rows = std::max(rows, plan.block[b + 1] - plan.block[b]);
+  const int64_t planes = l.direct ? 0 : l.images * plan.shape.in_channels * l.channel;
+  return planes + rows * kMaxTile * kLanes + 4 * kLanes;
+}
+
+void run(const Op& op, int64_t image, int64_t images, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
+  const Plan& plan = *op.plan;
+  const Layout& l = plan.layout;
+  const int64_t channels = plan.shape.in_channels, pixels = plan.shape.pixels_in();
+  const int64_t tile0 = unit * l.tiles / l.units, tile1 = (unit + 1) * l.tiles / l.units;
+  const int64_t lane0 = l.first(tile0) * kLanes;
+  float* sums = scratch + (l.direct ? 0 : l.images * channels * l.channel + 2 * kLanes);
+  if (!l.direct)
+    for (int64_t i = 0; i < images; ++i) pack(op, image + i, unit, scratch + i * channels * l.channel);
+
+  std::vector<Piece> pieces;
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t lane = l.first(tile) * kLanes, vectors = l.first(tile + 1) - l.first(tile);
+    const int64_t lanes = std::min(vectors * kLanes, l.lanes - lane), over = vectors * kLanes - lanes;
+    // On x itself nothing may be read behind the last image: there one run ends with a vector that overlaps the one before,
+    // and the second of two images starts `over` outputs early, in the first.
+    const bool tail = l.direct && images == 1 && over > 0;
+    const int64_t early = l.direct && images == 2 && image + 2 == op.batch ? over : 0;
+    Runs runs{};
+    runs.values = op.values;
+    runs.step = l.direct ? pixels : 1;
+    runs.gap = images == 2 ? (l.direct ? channels * pixels - early : channels * l.channel)
+                           : (vectors - 1) * kLanes - (tail ? over : 0);
+    runs.sums = sums;
+    const float* x = l.direct ? static_cast<const float*>(op.x) + image * channels * pixels + lane : scratch + (lane - lane0);
+    const Kernel accumulate = with_dtype(op.value_type, [&](auto v) { return kernel<decltype(v)>(vectors, images); });
+    const int64_t stride = vectors * images * kLanes;
+    for (int64_t block = first_block; block < last_block; ++block) {
+      for (const Stage& stage : plan.stages[block]) {
+        runs.visit = plan.visits.data() + stage.begin;
+        runs.fresh = plan.visits.data() + stage.fresh;
+        runs.end = plan.visits.data() + stage.end;
+        const bool absolute = plan.offsets.empty();
+        runs.offsets = absolute ? op.offsets : plan.offsets.data();
+        runs.x = x + (absolute ? 0 : stage.channel * (l.direct ? pixels : l.channel));
+        accumulate(runs);
+      }
+      for (int64_t i = 0; i < images; ++i) {
+        pieces.clear();
+        if (tail) {
+          if (vectors > 1) pieces_of(plan, lane, lane + (vectors - 1) * kLanes, 0, pieces);
+          pieces_of(plan, lane + lanes - kLanes, lane + lanes, (vectors - 1) * kLanes, pieces);
+        } else {
+          pieces_of(plan, lane, lane + lanes, i * vectors * kLanes + (i ? early : 0), pieces);
+        }
+        store(op, image + i, pieces, sums, stride, plan.block[block], plan.block[block + 1]);
+      }
+    }
+  }
+}
+
+}  // namespace fanin::conv

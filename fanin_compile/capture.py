@@ -183,6 +183,10 @@ def _root(source: Source, local_scope: Mapping[str, object]) -> LocalSource | No
 
 
 def layer_name(source: str) -> str:
-    """A readable module path of Dynamo's source: L['self']._modules['fc']._parameters['weight'] -> fc."""
+    """What people call the layer: L['self']._modules['fc']._parameters['weight'] -> fc, but ['w1'] -> fc.w1."""
     path = re.findall(r"_modules\['([^']+)'\]", source)
-    return ".".join(path)
+    if "parametrizations" in path:
+        return ".".join(path[: path.index("parametrizations")])
+    tensor = re.search(r"(?:_(?:parameters|buffers)\['([^']+)'\]|\.(\w+))$", source)
+    name = (tensor[1] or tensor[2]) if tensor else ""
+    return ".".join(path if name in ("weight", "weight_orig") else [*path, name])

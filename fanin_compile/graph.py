@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
@@ -91,7 +91,7 @@ def run_pipeline(gm: fx.GraphModule, passes: Sequence[Pass], ctx: Context) -> Pi
         start = time.perf_counter()
         try:
             result = run(work, ctx)
-            work.graph.eliminate_dead_code()
+            work.graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node))
             work.graph.lint()
             if (now := _output_signature(work)) != expected:
                 raise RewriteError(f"outputs were {expected} and became {now}")
@@ -118,17 +118,26 @@ def _output_signature(gm: fx.GraphModule) -> tuple[object, ...]:
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernel_refuses(name: str, x: object, dtype: torch.dtype, bias: object) -> Skip | None:
-    """Why no native kernel can compute the layer `name` of input node x, weights of `dtype` and bias node, if so."""
-    meta, bias_meta = tensor_meta(x), tensor_meta(bias)
-    if meta is None or meta.dtype != dtype:
-        return Skip(name, "input and weight differ in dtype", {"input": meta and meta.dtype, "weight": dtype})
+def kernel_refuses(node: fx.Node, name: str, weight: CondensedWeight, x: object, bias: object) -> Skip | None:
+    """Why no native kernel can compute `node`, the layer `name` of input node x and bias node, if so."""
+    out_meta, meta, bias_meta = tensor_meta(node), tensor_meta(x), tensor_meta(bias)
+    dtype = weight.values.dtype
+    if out_meta is None or meta is None:
+        return Skip(name, "its input or output is no tensor")
+    if {meta.dtype, out_meta.dtype} != {dtype}:
+        values = {"input": meta.dtype, "weight": dtype, "output": out_meta.dtype}
+        return Skip(name, "input, weight and output differ in dtype, as under autocast", values)
     if dtype not in KERNEL_DTYPES:
         return Skip(name, "no kernel for this dtype", {"dtype": dtype})
     if meta.device.type != "cpu":
         return Skip(name, "no kernel for this device", {"device": meta.device.type})
-    if bias_meta is not None and bias_meta.ndim != 1:
-        return Skip(name, "its bias is not a vector", {"bias": tuple(bias_meta.shape)})
+    if bias_meta is not None and (
+        tuple(bias_meta.shape) != weight.shape[:1]
+        or not bias_meta.is_contiguous()
+        or bias_meta.dtype != dtype
+    ):
+        values = {"shape": tuple(bias_meta.shape), "strides": bias_meta.stride(), "dtype": bias_meta.dtype}
+        return Skip(name, "its bias is not a plain vector of its outputs", values)
     return None
 
 
@@ -143,6 +152,14 @@ def replace_node(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...
     return new
 
 
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode the graph's values were traced in."""
+    for node in graph.nodes:
+        if isinstance(val := node.meta.get("val"), FakeTensor):
+            return val.fake_mode
+    return None
+
+
 def bind_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call to an operator by name, in schema order, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -153,6 +170,14 @@ def bind_arguments(node: fx.Node) -> dict[str, Any]:
         else:
             bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def set_layer_weight(gm: fx.GraphModule, node: fx.Node, weight: CondensedWeight, bias: Tensor | None) -> None:
+    """Give a linear or convolution node a new constant weight and bias; both are shared with no other node."""
+    dense = add_constant(gm, node, f"{node.name}_weight", weight.to_dense())
+    bias_node = None if bias is None else add_constant(gm, node, f"{node.name}_bias", bias)
+    node.args = (node.args[0], dense, bias_node, *node.args[3:])
+    node.meta[CONDENSED] = weight
 
 
 def attr_tensor(gm: fx.GraphModule, target: str) -> Tensor:
@@ -248,25 +273,6 @@ def size_hint(value: int | torch.SymInt) -> int:
     return int(hint) if hint is not None else 1
 
 
-def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes which compute the same value at every call: get_attr, and pure functions of such nodes alone.
-
-    A tensor which any node of the graph mutates is not constant, nor is what depends on it.
-    """
-    mutated = {root for node in graph.nodes for arg in _written_args(node) for root in _storage_roots(arg)}
-    constant: set[fx.Node] = set()
-    for node in graph.nodes:
-        pure_call = (
-            node.op == "call_function"
-            and _pure(node.target)
-            and node.all_input_nodes
-            and all(arg in constant for arg in node.all_input_nodes)
-        )
-        if (node.op == "get_attr" and node not in mutated) or pure_call:
-            constant.add(node)
-    return constant
-
-
 def _pure(target: object) -> bool:
     if target is operator.getitem:
         return True
@@ -290,13 +296,22 @@ def _schema_args(node: fx.Node, *, write: bool) -> Iterator[fx.Node]:
                 yield item
 
 
+_NORMS: dict[object, str] = {
+    torch.ops.aten.batch_norm.default: "training",
+    torch.ops.aten.instance_norm.default: "use_input_stats",
+}
+
+
 def _written_args(node: fx.Node) -> Iterator[fx.Node]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
     yield from _schema_args(node, write=True)
-    if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
-        # its schema hides that training updates the running statistics
-        yield from (arg for arg in node.args[3:5] if isinstance(arg, fx.Node))
+    if node.target in _NORMS:
+        # their schemas hide that training updates the running statistics
+        bound = bind_arguments(node)
+        statistics = (bound["running_mean"], bound["running_var"])
+        if bound[_NORMS[node.target]]:
+            yield from (arg for arg in statistics if isinstance(arg, fx.Node))
 
 
 def writes(node: fx.Node) -> bool:
@@ -322,16 +337,47 @@ def _storage_roots(node: fx.Node) -> Iterator[fx.Node]:
             stack.extend(_schema_args(current, write=True))
 
 
-def evaluate(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
-    """The real value of a constant node (see constant_nodes), computed without grad and outside fake mode."""
-    if node in memo:
-        return memo[node]
-    if node.op == "get_attr":
-        value: Any = attr_tensor(gm, str(node.target))
-    else:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(gm, n, memo))
-        assert callable(node.target)
-        with torch.no_grad(), unset_fake_temporarily(), torch._C._DisableAutocast():
-            value = node.target(*args, **kwargs)
-    memo[node] = value
-    return value
+class Evaluator:
+    """Real values of the nodes which compute the same at every call: get_attr, and pure functions of such alone.
+
+    A tensor that any node of the graph writes to is not constant, nor is what depends on it.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._written = {
+            root for node in gm.graph.nodes for arg in _written_args(node) for root in _storage_roots(arg)
+        }
+        self._constant: dict[fx.Node, bool] = {}
+        self._values: dict[fx.Node, Any] = {}
+
+    def is_constant(self, node: object) -> bool:
+        if not isinstance(node, fx.Node):
+            return False
+        if node not in self._constant:
+            self._constant[node] = (node.op == "get_attr" and node not in self._written) or (
+                node.op == "call_function"
+                and _pure(node.target)
+                and bool(node.all_input_nodes)
+                and all(self.is_constant(arg) for arg in node.all_input_nodes)
+            )
+        return self._constant[node]
+
+    def __call__(self, node: object) -> Tensor | None:
+        """The tensor a constant node computes, without grad, autocast and fake mode; None for anything else."""
+        if not self.is_constant(node):
+            return None
+        assert isinstance(node, fx.Node)
+        value = self._value(node)
+        return value if isinstance(value, Tensor) else None
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            if node.op == "get_attr":
+                self._values[node] = attr_tensor(self._gm, str(node.target))
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
+                assert callable(node.target)
+                with torch.no_grad(), unset_fake_temporarily(), torch._C._DisableAutocast():
+                    self._values[node] = node.target(*args, **kwargs)
+        return self._values[node]

@@ -17,7 +17,7 @@ class Layer:
     fan_in: tuple[int, int]  # least and most inputs of an active neuron
     nnz: int
     ablated: int  # neurons with an empty mask
-    dense_bytes: int
+    dense_bytes: int  # 0 for a further use of a weight already counted
     dense_macs: int
     batch: int  # output positions: leading dimensions of a linear's output, images times pixels of a convolution's
 

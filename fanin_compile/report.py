@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fanin_compile import backend
 from fanin_compile.condense import candidates
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.graph import PipelineResult
 from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
 
@@ -140,12 +141,14 @@ def _explain_compiled(
             notes.append(f"graph {number} left untouched: {compilation.untouched}")
         else:
             layers += _graph_layers(compilation.result)
+            found = {layer.name for layer in compilation.result.found}
+            notes += [f"{s.layer}: {s}" for s in compilation.result.skipped if s.layer not in found]
     if len(compilations) != 1:
         notes.append(f"Dynamo made {len(compilations)} graphs of this model")
     return Report(f'torch.compile({type(model).__name__}, backend="fanin")', tuple(layers), tuple(notes))
 
 
-def _graph_layers(result: backend.PipelineResult) -> Iterator[LayerReport]:
+def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
     reasons = {skip.layer: str(skip) for skip in result.skipped}
     for layer in result.found:
         done = [r for r in result.rewritten if r.layer == layer.name]
@@ -159,7 +162,8 @@ def _graph_layers(result: backend.PipelineResult) -> Iterator[LayerReport]:
             sparsity=layer.sparsity,
             ablated=layer.ablated,
             bytes_before=layer.dense_bytes,
-            bytes_after=layer.dense_bytes if became is None or became.bytes is None else became.bytes,
+            # as in dense_bytes, a weight counts once
+            bytes_after=became.bytes if became and became.bytes and layer.dense_bytes else layer.dense_bytes,
             macs_before=layer.dense_macs,
             macs_after=layer.dense_macs if became is None else layer.sparse_macs,
             became="dense" if became is None else " ".join([became.became, *fused]),

@@ -47,7 +47,7 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
         x, dense, bias, stride, padding, dilation, groups = _arguments(node, TARGETS[node.target])
         kernel = weight.shape[2:]
         pads = _numeric_padding(padding, kernel, dilation)
-        refusal = kernel_refuses(layer.name, x, weight.values.dtype, bias) or ctx.gate(layer)
+        refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)
         if pads is None and refusal is None:
             refusal = Skip(layer.name, "'same' padding is uneven", {"kernel": kernel, "dilation": dilation})
         if refusal is not None:

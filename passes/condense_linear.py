@@ -34,7 +34,7 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if layer is None or weight is None:
             continue
         x, dense, bias = (*node.args, None)[:3]
-        refusal = kernel_refuses(layer.name, x, weight.values.dtype, bias) or ctx.gate(layer)
+        refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)
         if refusal is not None:
             skipped.append(refusal)
             continue

@@ -11,7 +11,9 @@ meaning, whatever is non-zero is active too.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,10 +25,9 @@ from fanin_compile.graph import (
     CONDENSED,
     LAYER,
     Context,
+    Evaluator,
     PassResult,
     add_constant,
-    constant_nodes,
-    evaluate,
     replace_node,
     size_hint,
     tensor_meta,
@@ -42,6 +43,9 @@ CONVOLUTIONS = {
     aten.conv2d.padding: "conv2d",
     aten.conv3d.padding: "conv3d",
 }
+# operators which hold whole layers, with all their weights as arguments
+OPAQUE = (aten._native_multi_head_attention.default,)
+PASSING = (aten.to.dtype, aten.contiguous.default, aten.detach.default)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -58,29 +62,33 @@ class _Site:
 
 
 def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
-    constant = constant_nodes(gm.graph)
-    memo: dict[fx.Node, object] = {}
+    evaluate = Evaluator(gm)
     condensed: dict[tuple[fx.Node, bool], CondensedWeight | None] = {}
     folded: dict[tuple[fx.Node, bool], fx.Node] = {}
     found: list[Layer] = []
     skipped: list[Skip] = []
     rewritten: list[Rewrite] = []
+    uses: Counter[str] = Counter()
+    weights_counted: set[tuple[fx.Node, bool]] = set()
     for site in list(_sites(gm.graph)):
         name = _name(site, ctx)
-        if site.weight not in constant:
-            if _depends_on_constants(site.weight, constant):
+        if not evaluate.is_constant(site.weight):
+            if any(n.op == "get_attr" for n in (site.weight, *site.weight.all_input_nodes)):
                 skipped.append(
                     Skip(name, "its weight changes inside the graph", {"weight": site.weight.name})
                 )
             continue
         key = (site.weight, site.transposed)
         if key not in condensed:
-            condensed[key] = _condense(gm, site, ctx, memo)
+            condensed[key] = _condense(site, ctx, evaluate)
         weight = condensed[key]
         meta = tensor_meta(site.node)
         if weight is None or meta is None:
             continue
-        layer = _layer(name, site, weight, meta)
+        uses[name] += 1
+        name = name if uses[name] == 1 else f"{name} (use {uses[name]})"
+        layer = _layer(name, site, weight, meta, counted=key in weights_counted)
+        weights_counted.add(key)
         found.append(layer)
         if weight.nnz == math.prod(weight.shape):
             skipped.append(Skip(name, "every weight is active", {"shape": "x".join(map(str, weight.shape))}))
@@ -88,17 +96,16 @@ def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if key not in folded:
             folded[key] = site.weight
             if site.transposed or site.weight.op != "get_attr":
-                dense = evaluate(gm, site.weight, memo)
-                assert isinstance(dense, Tensor)
+                dense = evaluate(site.weight)
+                assert dense is not None
                 dense = dense.t() if site.transposed else dense
                 folded[key] = add_constant(gm, _first(gm.graph), f"{site.weight.name}_dense", dense)
                 rewritten.append(
                     Rewrite(name, "constant weight", detail=f"{site.weight.name} evaluated once")
                 )
                 if not site.transposed:
-                    site.weight.replace_all_uses_with(
-                        folded[key]
-                    )  # a pruned weight is a graph output as well
+                    # everywhere: a pruned weight is an output of the graph as well
+                    site.weight.replace_all_uses_with(folded[key])
         node = site.node
         if site.op == "linear" and node.target is not aten.linear.default:
             node = replace_node(node, aten.linear.default, (site.x, folded[key], site.bias))
@@ -106,6 +113,7 @@ def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
             node.update_arg(1, folded[key])
         node.meta[LAYER] = layer
         node.meta[CONDENSED] = weight
+    skipped += _hidden(gm.graph, evaluate, ctx)
     return PassResult(tuple(rewritten), tuple(skipped), tuple(found))
 
 
@@ -125,53 +133,70 @@ def _sites(graph: fx.Graph) -> Iterator[_Site]:
             yield _Site(node, "linear", args[0], args[1], None, transposed=True)
 
 
-def _rank(value: object) -> int:
+def _shape(value: object) -> tuple[object, ...] | None:
     meta = tensor_meta(value)
-    return -1 if meta is None else meta.ndim
+    return None if meta is None else tuple(meta.shape)
 
 
-def _condense(
-    gm: fx.GraphModule, site: _Site, ctx: Context, memo: dict[fx.Node, object]
-) -> CondensedWeight | None:
-    dense = evaluate(gm, site.weight, memo)
-    if not isinstance(dense, Tensor) or dense.ndim < 2 or dense.dtype not in FLOATS or dense.is_sparse:
+def _rank(value: object) -> int:
+    shape = _shape(value)
+    return -1 if shape is None else len(shape)
+
+
+def _condense(site: _Site, ctx: Context, evaluate: Evaluator) -> CondensedWeight | None:
+    dense = evaluate(site.weight)
+    if dense is None or dense.ndim < 2 or dense.dtype not in FLOATS or dense.is_sparse:
         return None
     active = dense != 0
-    for mask in _masks(gm, site.weight, ctx, memo):
-        if mask.shape == dense.shape:
-            active |= mask
+    if (mask := _mask(site.weight, ctx, evaluate)) is not None and mask.shape == dense.shape:
+        active |= mask
     if site.transposed:
         dense, active = dense.t(), active.t()
     return CondensedWeight.from_dense(dense, active)
 
 
-def _masks(
-    gm: fx.GraphModule, weight: fx.Node, ctx: Context, memo: dict[fx.Node, object]
-) -> Iterator[Tensor]:
-    """The masks known for a weight: the caller's, else the 0/1 factors of a product which computes it."""
+def _mask(weight: fx.Node, ctx: Context, evaluate: Evaluator) -> Tensor | None:
+    """The mask known for a weight: the caller's, and the 0/1 factors of a product which computes it; all must agree."""
     if weight.op == "get_attr":
-        if str(weight.target) in ctx.masks:
-            yield ctx.masks[str(weight.target)]
-        return
+        return ctx.masks.get(str(weight.target))
     if weight.target in (aten.mul.Tensor, aten.mul_.Tensor):
-        for factor in weight.args[:2]:
-            if isinstance(factor, fx.Node):
-                value = evaluate(gm, factor, memo)
-                if isinstance(value, Tensor) and bool(((value == 0) | (value == 1)).all()):
-                    yield value != 0
-    elif weight.target is aten.where.self and isinstance(weight.args[0], fx.Node):
-        value = evaluate(gm, weight.args[0], memo)
-        if isinstance(value, Tensor) and value.dtype is torch.bool:
-            yield value
-    elif weight.all_input_nodes and weight.target in (
-        aten.to.dtype,
-        aten.contiguous.default,
-        aten.detach.default,
-    ):
-        yield from _masks(gm, weight.all_input_nodes[0], ctx, memo)
+        factors = [f for f in weight.args[:2] if isinstance(f, fx.Node)]
+        known = [_factor_mask(f, ctx, evaluate) for f in factors if _shape(f) == _shape(weight)]
+        masks = [mask for mask in known if mask is not None]
+        return functools.reduce(torch.logical_and, masks) if masks else None
+    if weight.target is aten.masked_fill.Scalar and weight.args[2] == 0:
+        hidden = evaluate(weight.args[1])
+        return None if hidden is None else ~hidden
+    if weight.target is aten.where.self:
+        condition, chosen, other = (evaluate(arg) for arg in weight.args)
+        if condition is None:
+            return None
+        if other is not None and bool((other == 0).all()):
+            return condition
+        return ~condition if chosen is not None and bool((chosen == 0).all()) else None
+    if weight.all_input_nodes and weight.target in PASSING:
+        return _mask(weight.all_input_nodes[0], ctx, evaluate)
+    return None
 
 
-def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor) -> Layer:
+def _factor_mask(factor: fx.Node, ctx: Context, evaluate: Evaluator) -> Tensor | None:
+    value = evaluate(factor)
+    if value is not None and bool(((value == 0) | (value == 1)).all()):
+        return value != 0
+    return _mask(factor, ctx, evaluate)
+
+
+def _hidden(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip]:
+    """A Skip for every sparse weight within a fused operator."""
+    for node in graph.nodes:
+        for weight in node.all_input_nodes if node.target in OPAQUE else ():
+            value = evaluate(weight) if _rank(weight) == 2 else None
+            if value is not None and not bool((value != 0).all()):
+                values = {"op": node.target, "opened by": "torch.backends.mha.set_fastpath_enabled(False)"}
+                yield Skip(_constant_name(weight, ctx) or weight.name, "hidden in a fused operator", values)
+
+
+def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor, *, counted: bool) -> Layer:
     counts = weight.row_fan_in()
     batch = math.prod(size_hint(s) for s in out.shape) // max(weight.out_features, 1)
     return Layer(
@@ -181,24 +206,26 @@ def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor) -> Laye
         fan_in=(int(counts.min()), int(counts.max())) if len(counts) else (0, 0),
         nnz=weight.nnz,
         ablated=weight.n_ablated,
-        dense_bytes=weight.dense_nbytes,
+        dense_bytes=0 if counted else weight.dense_nbytes,
         dense_macs=batch * math.prod(weight.shape),
         batch=batch,
     )
 
 
 def _name(site: _Site, ctx: Context) -> str:
-    stack = [site.weight]
+    name = _constant_name(site.weight, ctx)
+    return site.node.name if name is None else name
+
+
+def _constant_name(weight: fx.Node, ctx: Context) -> str | None:
+    """That of the first constant which `weight` is made of."""
+    stack = [weight]
     while stack:
         node = stack.pop()
         if node.op == "get_attr":
             return ctx.names.get(str(node.target), str(node.target))
         stack.extend(reversed(node.all_input_nodes))
-    return site.node.name
-
-
-def _depends_on_constants(node: fx.Node, constant: set[fx.Node]) -> bool:
-    return any(n.op == "get_attr" or n in constant for n in (node, *node.all_input_nodes))
+    return None
 
 
 def _first(graph: fx.Graph) -> fx.Node:

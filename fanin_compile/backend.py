@@ -104,7 +104,7 @@ def fanin(
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
     """A backend that runs the passes for their report and then the graph as it is; nothing is compiled."""
     try:
-        if reason := _not_constant(example_inputs):
+        if reason := _untouchable(gm, example_inputs):
             _record(Compilation(None, reason))
         else:
             with torch.inference_mode(False), torch.no_grad():
@@ -116,15 +116,20 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options
     return gm.forward
 
 
-def _not_constant(example_inputs: Sequence[Any]) -> str:
-    """Why weights may not be taken for constants in this compilation, if so."""
+def _untouchable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
+    """Why a graph must be handed on as it is, if so."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
         return "gradients are enabled and needed: weights are not constant (use torch.no_grad())"
+    for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
+        device, _, enabled, *_ = node.args
+        if device == "cpu" and enabled != torch.is_autocast_enabled("cpu"):
+            # retracing records these regions without entering them: dtypes would be wrong from there on
+            return "torch.autocast is switched within the graph (wrap the call of the model instead)"
     return ""
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
-    if reason := _not_constant(example_inputs):
+    if reason := _untouchable(gm, example_inputs):
         _record(Compilation(None, reason))
         return settings.finish(gm, example_inputs)
     with torch.inference_mode(False), torch.no_grad():

@@ -50,9 +50,7 @@ class Owner:
 
     module: weakref.ref[nn.Module]
     name: str
-    root: (
-        LocalSource | None
-    )  # Dynamo's source of the module it was reached from, if that is a local of the frame
+    root: LocalSource | None  # of the module it was reached from, if that is a local of the frame
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -189,4 +187,4 @@ def layer_name(source: str) -> str:
         return ".".join(path[: path.index("parametrizations")])
     tensor = re.search(r"(?:_(?:parameters|buffers)\['([^']+)'\]|\.(\w+))$", source)
     name = (tensor[1] or tensor[2]) if tensor else ""
-    return ".".join(path if name in ("weight", "weight_orig") else [*path, name])
+    return ".".join(path if name in ("weight", "weight_orig", "weight_mask") else [*path, name])

@@ -73,7 +73,7 @@ def record() -> Iterator[list[Compilation]]:
     try:
         yield compilations
     finally:
-        _recorders.remove(compilations)
+        _recorders[:] = [r for r in _recorders if r is not compilations]
 
 
 def fanin(

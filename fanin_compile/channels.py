@@ -52,7 +52,7 @@ POINTWISE = (
     *(aten.elu.default, aten.elu_.default, aten.mish.default, aten.softplus.default, aten.neg.default),
     *(aten.exp.default, aten.abs.default, aten.pow.Tensor_Scalar, aten.clamp.default, aten.erf.default),
 )
-BINARY = {
+BINARY: dict[object, Callable[[Tensor, Tensor], Tensor]] = {
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
@@ -121,8 +121,9 @@ def _pointwise(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | N
     channels = known.get(node.args[0])  # type: ignore[arg-type]
     if channels is None:
         return None
-    # out of place: an in-place op must not write into the analysis
-    return channels.map(lambda v: node.target(v.clone(), *node.args[1:], **node.kwargs))  # type: ignore[operator]
+    function: Any = node.target
+    # on a copy: the op may work in place
+    return channels.map(lambda v: function(v.clone(), *node.args[1:], **node.kwargs))
 
 
 def _same(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
@@ -265,10 +266,11 @@ def _permute(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | Non
 
 def permuted(node: fx.Node, ndim: int) -> list[int]:
     """For a transpose, t or permute node: which input dimension each output dimension is."""
-    order = list(range(ndim))
+    args: Any = node.args
     if node.target is aten.permute.default:
-        return [d % ndim for d in node.args[1]]  # type: ignore[union-attr]
-    a, b = (0, ndim - 1) if node.target is aten.t.default else (d % ndim for d in node.args[1:3])  # type: ignore[operator]
+        return [d % ndim for d in args[1]]
+    a, b = (0, ndim - 1) if node.target is aten.t.default else (args[1] % ndim, args[2] % ndim)
+    order = list(range(ndim))
     order[a], order[b] = order[b], order[a]
     return order
 

@@ -125,7 +125,7 @@ def kernel_refuses(node: fx.Node, name: str, weight: CondensedWeight, x: object,
     if out_meta is None or meta is None:
         return Skip(name, "its input or output is no tensor")
     if {meta.dtype, out_meta.dtype} != {dtype}:
-        values = {"input": meta.dtype, "weight": dtype, "output": out_meta.dtype}
+        values: dict[str, object] = {"input": meta.dtype, "weight": dtype, "output": out_meta.dtype}
         return Skip(name, "input, weight and output differ in dtype, as under autocast", values)
     if dtype not in KERNEL_DTYPES:
         return Skip(name, "no kernel for this dtype", {"dtype": dtype})

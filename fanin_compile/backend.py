@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource
+from torch._guards import Source
 from torch._inductor import config as inductor_config
 from torch.compiler import config as compiler_config
 
@@ -51,6 +52,13 @@ log = logging.getLogger("fanin_compile")
 _epochs: dict[int, int] = {}
 _graph_ids = itertools.count()
 _recorders: list[list[Compilation]] = []
+
+
+class _Lease:
+    """A token which graphs compiled for their analysis alone are guarded on: they go when it does."""
+
+
+_lease = _Lease()
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,11 @@ def fanin(
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
-    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled."""
+    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled.
+
+    Dynamo keeps its entries until forget_analyses().
+    """
+    _guard_on_attribute("_lease", GuardBuilder.ID_MATCH)
     try:
         if reason := _untouchable(gm, example_inputs):
             _record(Compilation(None, reason))
@@ -114,6 +126,12 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options
             raise RewriteError(f"fanin could not analyse a graph: {error}") from error
         _record(Compilation(None, f"{type(error).__name__}: {error}"))
     return gm.forward
+
+
+def forget_analyses() -> None:
+    """Drop what analyse() left in Dynamo's caches, where it would count against the user's recompile limit."""
+    global _lease
+    _lease = _Lease()
 
 
 def _untouchable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
@@ -231,7 +249,7 @@ class _FreshGraph:
         self._id = next(_graph_ids)
         _epochs[self._id] = 0
         weakref.finalize(self, _epochs.pop, self._id, None)
-        _guard_epoch(self._id)
+        _guard_on_attribute("_epochs", GuardBuilder.EQUALS_MATCH, self._id)
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._packed):
@@ -287,14 +305,14 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.stride()
 
 
-def _guard_epoch(graph_id: int) -> None:
-    """Make Dynamo recompile the graph when its epoch is raised; without effect outside a Dynamo compilation."""
-    if torch._guards.TracingContext.try_get() is None:
+def _guard_on_attribute(name: str, kind: Callable[..., None], key: int | None = None) -> None:
+    """Guard the graph in compilation on this module's global `name`, or on its item `key`."""
+    if torch._guards.TracingContext.try_get() is None:  # not within a Dynamo compilation
         return
-    source = DictGetItemSource(
-        AttrSource(AttrSource(ImportSource("fanin_compile"), "backend"), "_epochs"), graph_id
-    )
-    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+    source: Source = AttrSource(AttrSource(ImportSource("fanin_compile"), "backend"), name)
+    if key is not None:
+        source = DictGetItemSource(source, key)
+    install_guard(source.make_guard(kind))
 
 
 def _guard_roots(captured: Captured, packed: Sequence[int]) -> None:

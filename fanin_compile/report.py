@@ -131,9 +131,16 @@ def _explain_compiled(
     def analyse(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         return backend.analyse(gm, example_inputs, options)
 
-    # a limit of its own: this must not spend the recompiles of the user's compiled model
-    with torch.no_grad(), backend.record() as compilations, torch._dynamo.config.patch(recompile_limit=256):
-        torch.compile(model, backend=analyse)(*inputs, **kwargs)
+    try:
+        with (
+            torch.no_grad(),
+            _undisturbed(model),
+            backend.record() as compilations,
+            torch._dynamo.config.patch(recompile_limit=256),  # the user's graphs of this model count as well
+        ):
+            torch.compile(model, backend=analyse)(*inputs, **kwargs)
+    finally:
+        backend.forget_analyses()
     layers: list[LayerReport] = []
     notes: list[str] = []
     for number, compilation in enumerate(compilations):
@@ -146,6 +153,17 @@ def _explain_compiled(
     if len(compilations) != 1:
         notes.append(f"Dynamo made {len(compilations)} graphs of this model")
     return Report(f'torch.compile({type(model).__name__}, backend="fanin")', tuple(layers), tuple(notes))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Undo what a call changes: buffers (batch norm in train mode), the random state."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        yield
+    for buffer, version, value in before:
+        if buffer._version != version:
+            buffer.copy_(value)
 
 
 def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
@@ -242,7 +260,8 @@ def _output_positions(
             positions[module] = positions.get(module, 0) + output.numel() // max(int(out), 1)
 
     kinds = (CondensedLayer, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    with _hooked([m for m in model.modules() if isinstance(m, kinds)], count), torch.no_grad():
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
+    with torch.no_grad(), _undisturbed(model), _hooked(layers, count):
         model(*inputs, **kwargs)
     return positions
 

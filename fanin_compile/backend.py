@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import threading
 import warnings
@@ -21,13 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource
-from torch._guards import Source
 from torch._inductor import config as inductor_config
 from torch.compiler import config as compiler_config
 
-from fanin_compile import cost
+from fanin_compile import cost, guards
 from fanin_compile.capture import (
     Captured,
     capture,
@@ -48,17 +44,7 @@ from fanin_compile.records import Skip
 
 log = logging.getLogger("fanin_compile")
 
-# Guarded by Dynamo per compiled graph: raising an entry makes its next call recompile.
-_epochs: dict[int, int] = {}
-_graph_ids = itertools.count()
 _recorders: list[list[Compilation]] = []
-
-
-class _Lease:
-    """A token which graphs compiled for their analysis alone are guarded on: they go when it does."""
-
-
-_lease = _Lease()
 
 
 @dataclass(frozen=True)
@@ -99,6 +85,7 @@ def fanin(
     """
     settings = Options.parse(options, mode)
     watch_fused_optimizers()
+    guards.discount_dropped_graphs()
     try:
         return _compile(gm, example_inputs, settings)
     except Exception as error:
@@ -110,11 +97,7 @@ def fanin(
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
-    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled.
-
-    Dynamo keeps its entries until forget_analyses().
-    """
-    _guard_on_attribute("_lease", GuardBuilder.ID_MATCH)
+    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled."""
     try:
         if reason := _untouchable(gm, example_inputs):
             _record(Compilation(None, reason))
@@ -126,12 +109,6 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options
             raise RewriteError(f"fanin could not analyse a graph: {error}") from error
         _record(Compilation(None, f"{type(error).__name__}: {error}"))
     return gm.forward
-
-
-def forget_analyses() -> None:
-    """Drop what analyse() left in Dynamo's caches, where it would count against the user's recompile limit."""
-    global _lease
-    _lease = _Lease()
 
 
 def _untouchable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
@@ -165,7 +142,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     rewritten, constants = _take_constant_outputs(unlift(result.graph_module))
     with _own_cache_key():
         compiled = settings.finish(rewritten, example_inputs)
-    _guard_roots(captured, packed)
+    guards.bind_to(owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root)
     return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, example_inputs)
 
 
@@ -246,10 +223,8 @@ class _FreshGraph:
         self._watch = Watch(packed, example_inputs, contents=settings.verify_contents)
         self._lock = threading.Lock()
         self._frozen = bool(inductor_config.freezing)  # then inductor has baked the buffers in
-        self._id = next(_graph_ids)
-        _epochs[self._id] = 0
-        weakref.finalize(self, _epochs.pop, self._id, None)
-        _guard_on_attribute("_epochs", GuardBuilder.EQUALS_MATCH, self._id)
+        self._epoch = guards.open_epoch()
+        weakref.finalize(self, guards.close_epoch, self._epoch)
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._packed):
@@ -292,39 +267,17 @@ class _FreshGraph:
                 buffer.copy_(new[name])
             self._hand_out(constants)
             self._watch.renew(self._packed, args)
-            log.info("graph %d: weights changed, packed anew", self._id)
+            log.info("graph %d: weights changed, packed anew", self._epoch)
             return True
 
     def _give_up(self, why: str) -> bool:
-        log.info("graph %d: %s, compiling anew", self._id, why)
-        _epochs[self._id] += 1
+        log.info("graph %d: %s, compiling anew", self._epoch, why)
+        guards.raise_epoch(self._epoch)
         return False
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.stride()
-
-
-def _guard_on_attribute(name: str, kind: Callable[..., None], key: int | None = None) -> None:
-    """Guard the graph in compilation on this module's global `name`, or on its item `key`."""
-    if torch._guards.TracingContext.try_get() is None:  # not within a Dynamo compilation
-        return
-    source: Source = AttrSource(AttrSource(ImportSource("fanin_compile"), "backend"), name)
-    if key is not None:
-        source = DictGetItemSource(source, key)
-    install_guard(source.make_guard(kind))
-
-
-def _guard_roots(captured: Captured, packed: Sequence[int]) -> None:
-    """Tie the graph to the very modules whose weights it has packed, each with recompiles of its own.
-
-    Models of one class share Dynamo's cache: without this they would take turns packing their weights into one graph.
-    The guard also drops the graph, and the weights it holds, when the model goes.
-    """
-    if torch._guards.TracingContext.try_get() is None:
-        return
-    for root in {owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root}:
-        install_guard(root.make_guard(GuardBuilder.ID_MATCH))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -131,16 +131,10 @@ def _explain_compiled(
     def analyse(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         return backend.analyse(gm, example_inputs, options)
 
-    try:
-        with (
-            torch.no_grad(),
-            _undisturbed(model),
-            backend.record() as compilations,
-            torch._dynamo.config.patch(recompile_limit=256),  # the user's graphs of this model count as well
-        ):
-            torch.compile(model, backend=analyse)(*inputs, **kwargs)
-    finally:
-        backend.forget_analyses()
+    with torch.no_grad(), _undisturbed(model), backend.record() as compilations:
+        # isolated: must not spend the recompiles of the user's compiled model
+        call = torch.compile(model, backend=analyse, isolate_recompiles=True)  # type: ignore[call-overload]  # not in its overloads
+        call(*inputs, **kwargs)
     layers: list[LayerReport] = []
     notes: list[str] = []
     for number, compilation in enumerate(compilations):
@@ -267,7 +261,7 @@ def _output_positions(
 
 
 @contextmanager
-def _hooked(modules: list[nn.Module], hook: Any) -> Iterator[None]:
+def _hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield

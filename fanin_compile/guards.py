@@ -1,0 +1,72 @@
+"""What the backend asks of Dynamo: when a compiled graph still fits, and for how long it is kept.
+
+Every entry in Dynamo's cache counts against the recompile limit of its code object (8, then eager without a word in
+the result), so each reason to compile anew is chosen here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.guards import DeletedGuardManagerWrapper, GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource, LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
+
+# Of each graph in use, guarded by Dynamo: raising it makes the next call compile anew.
+epochs: dict[int, int] = {}
+_graph_ids = itertools.count()
+_ELSEWHERE: weakref.ref[object] = weakref.ref(torch)  # an object that no local named "" is
+
+
+def compiling() -> bool:
+    """Whether Dynamo is compiling a frame; without that there is nothing to guard."""
+    return TracingContext.try_get() is not None
+
+
+def open_epoch() -> int:
+    """Guard the graph in compilation on a number of its own; returns the key for raise_epoch and close_epoch."""
+    graph = next(_graph_ids)
+    epochs[graph] = 0
+    if compiling():
+        module = AttrSource(ImportSource("fanin_compile"), "guards")
+        source = DictGetItemSource(AttrSource(module, "epochs"), graph)
+        install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+    return graph
+
+
+def raise_epoch(graph: int) -> None:
+    epochs[graph] += 1
+
+
+def close_epoch(graph: int) -> None:
+    epochs.pop(graph, None)
+
+
+def bind_to(roots: Iterable[LocalSource]) -> None:
+    """Tie the graph in compilation to the very modules at these sources.
+
+    Models of one class share their code and so Dynamo's cache: without this they would take turns packing their weights
+    into one graph. Each gets a recompile limit of its own by it, and its graphs, with all they hold, go when it does.
+    """
+    if compiling():
+        for root in set(roots):
+            install_guard(root.make_guard(GuardBuilder.ID_MATCH))
+
+
+def discount_dropped_graphs() -> None:
+    """Take graphs whose model is gone out of the count for the recompile limit of the code in compilation.
+
+    Dynamo leaves an empty entry behind for each, which it would count for every later model of the class.
+    """
+    if not compiling():
+        return
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    for entry in _debug_get_cache_entry_list(code):
+        manager = entry.guard_manager
+        if isinstance(manager, DeletedGuardManagerWrapper):
+            manager.id_matched_objs.setdefault("", _ELSEWHERE)

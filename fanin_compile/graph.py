@@ -178,6 +178,7 @@ def set_layer_weight(gm: fx.GraphModule, node: fx.Node, weight: CondensedWeight,
     bias_node = None if bias is None else add_constant(gm, node, f"{node.name}_bias", bias)
     node.args = (node.args[0], dense, bias_node, *node.args[3:])
     node.meta[CONDENSED] = weight
+    node.meta[LAYER] = node.meta[LAYER].with_weight(weight.shape, weight.nnz)
 
 
 def attr_tensor(gm: fx.GraphModule, target: str) -> Tensor:

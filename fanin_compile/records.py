@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Layer:
     def dense_size(self) -> int:
         return math.prod(self.shape)
 
+    def with_weight(self, shape: tuple[int, ...], nnz: int) -> Layer:
+        """The layer after a pass gave it another weight; what it was found with stays in the pass's result."""
+        macs = self.batch * math.prod(shape)
+        return replace(self, shape=shape, nnz=nnz, dense_macs=macs)
+
     @property
     def sparse_macs(self) -> int:
         return self.dense_macs * self.nnz // self.dense_size if self.dense_size else 0
@@ -41,7 +46,8 @@ class Rewrite:
 
     layer: str
     became: str
-    bytes: int | None = None  # of the constants which replace the dense weight; None: unchanged by this pass
+    bytes: int | None = None  # of the constants which replace the dense weight; None: it was not replaced
+    macs: int | None = None  # multiply-adds of one call from then on; None with bytes
     detail: str = ""
 
 

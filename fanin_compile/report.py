@@ -30,6 +30,7 @@ class LayerReport:
         macs_before, macs_after: None where they depend on inputs that were not given.
         became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused) or "dense".
         reason: why a layer was left dense, with the values that decided it.
+        changes: what else was done to the layer (neurons removed, constants folded), and what was refused.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerReport:
     macs_after: int | None
     became: str
     reason: str = ""
+    changes: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> bool:
@@ -100,6 +102,9 @@ class Report:
         else:
             lines.append("no linear or convolution layer found")
         lines += [f"left dense: {layer.name or '(the model)'}: {layer.reason}" for layer in self.left]
+        lines += [
+            f"{layer.name or '(the model)'}: {change}" for layer in self.layers for change in layer.changes
+        ]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -161,11 +166,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
-    reasons = {skip.layer: str(skip) for skip in result.skipped}
+    reasons: dict[str, list[str]] = {}
+    for skip in result.skipped:
+        reasons.setdefault(skip.layer, []).append(str(skip))
     for layer in result.found:
         done = [r for r in result.rewritten if r.layer == layer.name]
         became = next((r for r in done if r.bytes is not None), None)
         fused = [r.detail for r in done if r.became == "epilogue"]
+        refused = reasons.get(layer.name, [])
         yield LayerReport(
             name=layer.name,
             op=layer.op,
@@ -177,9 +185,13 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             # as in dense_bytes, a weight counts once
             bytes_after=became.bytes if became and became.bytes and layer.dense_bytes else layer.dense_bytes,
             macs_before=layer.dense_macs,
-            macs_after=layer.dense_macs if became is None else layer.sparse_macs,
+            macs_after=layer.dense_macs if became is None else became.macs,
             became="dense" if became is None else " ".join([became.became, *fused]),
-            reason="" if became is not None else reasons.get(layer.name, "no pass took it"),
+            reason="" if became is not None else (refused or ["no pass took it"])[-1],
+            changes=(
+                *(r.detail for r in done if r.became in ("folded", "narrowed")),
+                *(refused if became is not None else refused[:-1]),
+            ),
         )
 
 

@@ -62,7 +62,8 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
                 *(list(weight.shape), stride, pads, dilation, groups),
             ),
         )
-        rewritten.append(Rewrite(layer.name, "gather-conv", bytes=constants.nbytes(dense)))
+        nbytes = constants.nbytes(dense)
+        rewritten.append(Rewrite(layer.name, "gather-conv", bytes=nbytes, macs=layer.sparse_macs))
     return PassResult(tuple(rewritten), tuple(skipped))
 
 

@@ -46,5 +46,6 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
             torch.ops.fanin.gather_matmul.default,
             (x, parts.values, parts.indices, parts.row_ptr, parts.rows, bias, plan, weight.out_features),
         )
-        rewritten.append(Rewrite(layer.name, "gather-matmul", bytes=constants.nbytes(dense)))
+        nbytes = constants.nbytes(dense)
+        rewritten.append(Rewrite(layer.name, "gather-matmul", bytes=nbytes, macs=layer.sparse_macs))
     return PassResult(tuple(rewritten), tuple(skipped))

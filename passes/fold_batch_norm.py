@@ -49,7 +49,9 @@ def fold_batch_norm(gm: fx.GraphModule, ctx: Context) -> PassResult:
         statistics = [evaluate(bound[name]) for name in ("running_mean", "running_var")]
         affine = [evaluate(bound[name]) for name in ("weight", "bias")]
         given = [bound[name] is not None for name in ("weight", "bias")]
-        if None in statistics or any(g and value is None for g, value in zip(given, affine, strict=True)):
+        if any(value is None for value in statistics) or any(
+            g and value is None for g, value in zip(given, affine, strict=True)
+        ):
             continue
         mean, var = (value.double() for value in statistics if value is not None)
         scale = (var + bound["eps"]).rsqrt()

@@ -32,7 +32,10 @@ def demo(
 
     result = run(sparsity=sparsity, epochs=epochs, seed=seed)
     if out is not None:
-        fields = {"dense_accuracy": result.dense_accuracy, "sparse_accuracy": result.sparse_accuracy}
+        fields: dict[str, object] = {
+            "dense_accuracy": result.dense_accuracy,
+            "sparse_accuracy": result.sparse_accuracy,
+        }
         fields |= {"agreement": result.agreement, "times_us": result.times, "report": result.report.to_dict()}
         out.write_text(json.dumps(fields, indent=2))
     if not result.agreement:

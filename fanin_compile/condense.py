@@ -7,12 +7,14 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import OptionError
@@ -147,16 +149,13 @@ def _computes_plain_layer(module: nn.Module, masked: MaskedWeight) -> bool:
     spatial = tuple(4 * k for k in weight.shape[2:])
     fan_in = weight.shape[0] if masked.transposed else weight.shape[1] * int(getattr(module, "groups", 1))
     x = torch.randn(2, fan_in, *spatial, generator=generator).to(weight)
-    training = module.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            got = module.eval()(x)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _only_pruning_hooks(module):
+            got = module.forward(x)
             plain = _plain(module, x, weight, bias, masked.transposed)
     except Exception as error:  # someone else's forward may raise anything on an input it did not expect
         log.info("probing a %s raised %s: %s", type(module).__qualname__, type(error).__name__, error)
         return False
-    finally:
-        module.train(training)
     tolerance = 8 * math.sqrt(max(fan_in, 1)) * torch.finfo(weight.dtype).eps
     return (
         isinstance(got, Tensor)
@@ -165,10 +164,33 @@ def _computes_plain_layer(module: nn.Module, masked: MaskedWeight) -> bool:
     )
 
 
+@contextmanager
+def _only_pruning_hooks(module: nn.Module) -> Iterator[None]:
+    """In eval mode, with the weights that pruning hooks leave on a module, and as it was afterwards.
+
+    The user's own hooks do not run: they are carried over to the condensed layer.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    attributes = dict(vars(module))
+    try:
+        for m, _ in modes:
+            m.training = False
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(module, ())
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        vars(module).update(attributes)
+
+
 def _plain(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     for kind, convolution in _CONVS.items():
         if isinstance(module, kind):
-            return convolution(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+            stride, padding, dilation = module.stride, module.padding, module.dilation
+            y: Tensor = convolution(x, weight, bias, stride, padding, dilation, module.groups)
+            return y
     return F.linear(x, weight.t() if transposed else weight, bias)
 
 
@@ -187,13 +209,13 @@ def _condensed_layer(candidate: Candidate, values_dtype: torch.dtype | None) -> 
     bias = _bias(module)
     trainable = any(p.requires_grad for name, p in module.named_parameters() if "bias" not in name)
     layer: CondensedLayer
-    if isinstance(module, tuple(_CONVS)):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         padding = module.padding
         if padding == "same":
             padding = tuple(
                 d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)
             )
-        elif padding == "valid":
+        elif isinstance(padding, str):  # valid
             padding = (0,) * len(module.kernel_size)
         layer = CondensedConv(
             weight,
@@ -212,8 +234,6 @@ def _condensed_layer(candidate: Candidate, values_dtype: torch.dtype | None) -> 
 
 def _carry_hooks(module: nn.Module, layer: nn.Module) -> None:
     """Keep what users hung on the layer, without the pruning hooks, whose work is done."""
-    from torch.nn.utils.prune import BasePruningMethod
-
     for attribute in _HOOKS:
         hooks = getattr(module, attribute)
         kept = type(hooks)((k, h) for k, h in hooks.items() if not isinstance(h, BasePruningMethod))

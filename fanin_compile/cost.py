@@ -18,9 +18,10 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,14 @@ class Rates:
     threads: int
     dense: tuple[float, ...]
     condensed: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, stored: Mapping[str, Any]) -> Rates:
+        """The inverse of asdict(); ValueError, KeyError or TypeError for anything else."""
+        sides = [tuple(map(float, stored[side])) for side in ("dense", "condensed")]
+        if any(len(side) != len(BATCHES) or min(side) <= 0 for side in sides):
+            raise ValueError(f"rates are {sides}, expected {len(BATCHES)} positive numbers each")
+        return cls(int(stored["threads"]), *sides)
 
     def dense_us(self, layer: Layer) -> float:
         return layer.dense_macs / _interpolate(self.dense, layer.batch) / 1e3
@@ -79,10 +88,9 @@ def host_rates(threads: int) -> Rates:
     """The rates of this host, from the cache or measured now (about half a second)."""
     path = _cache_file(threads)
     try:
-        stored = json.loads(path.read_text())
-        return Rates(threads, tuple(stored["dense"]), tuple(stored["condensed"]))
-    except (OSError, ValueError, KeyError):
-        pass
+        return Rates.parse(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("measuring the rates of this host: %s", error)
     rates = measure(threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

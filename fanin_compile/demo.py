@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ def train(
 def accuracy(model: nn.Module, data: Dataset) -> float:
     with torch.no_grad():
         predicted = model.eval()(data.test_x).argmax(1)
-    return (predicted == data.test_y).float().mean().item()
+    return float((predicted == data.test_y).float().mean())
 
 
 def run(*, sparsity: float = 0.9, epochs: int = 20, seed: int = 0, seconds: float = 1.0) -> DemoResult:
@@ -124,7 +125,9 @@ def run(*, sparsity: float = 0.9, epochs: int = 20, seed: int = 0, seconds: floa
     return DemoResult(dense_accuracy, sparse_accuracy, agreement, error, report, times)
 
 
-def compare(model: nn.Module, others: dict[str, nn.Module], x: Tensor) -> tuple[bool, float]:
+def compare(
+    model: nn.Module, others: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor
+) -> tuple[bool, float]:
     """Do the predictions agree with the masked dense model's; the largest error of the others' logits against fp64."""
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
@@ -161,4 +164,4 @@ def _table(times: dict[int, dict[str, float]]) -> str:
         for batch, row in times.items()
     ]
     headers = ["batch", *next(iter(times.values())), "over the best dense"]
-    return "one thread, whole model, median:\n" + tabulate(rows, headers)
+    return f"one thread, whole model, median:\n{tabulate(rows, headers)}"

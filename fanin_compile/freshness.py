@@ -62,7 +62,7 @@ class Watch:
 def _hash(tensor: Tensor) -> bytes:
     # not torch.hash_tensor: its xor misses reordered values, and a flipped sign of all of them
     data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data.data, digest_size=16).digest()
 
 
 @functools.cache

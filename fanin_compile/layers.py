@@ -57,27 +57,33 @@ class CondensedLayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the structure of a checkpoint, too: its fan-in and ablated neurons may differ from this layer's."""
-        given = {part: state_dict.get(prefix + part) for part in ("values", *_PARTS)}
-        if given["values"] is not None and given["indices"] is not None:
+        values, *parts = (state_dict.get(prefix + part) for part in ("values", *_PARTS))
+        if values is not None and parts[0] is not None:
             try:
-                CondensedWeight(**given, shape=self.shape)
+                CondensedWeight(values, parts[0], parts[1], parts[2], self.shape)
             except FormatError as error:
                 raise FormatError(f"state_dict entries {prefix}*: {error}") from error
-            for part in _PARTS:
-                if (
-                    (old := getattr(self, part)) is None
-                    or given[part] is None
-                    or old.shape != given[part].shape
-                ):
-                    setattr(self, part, None if given[part] is None else torch.empty_like(given[part]))
-            if self.values.shape != given["values"].shape:
-                empty = self.values.new_empty(given["values"].shape)
+            for name, given in zip(_PARTS, parts, strict=True):
+                old = getattr(self, name)
+                if given is None:
+                    setattr(self, name, None)
+                elif old is None or old.shape != given.shape:
+                    setattr(self, name, torch.empty_like(given, device=self.values.device))
+            if self.values.shape != values.shape:
+                empty = self.values.new_empty(values.shape)
                 self.values = nn.Parameter(empty, requires_grad=self.values.requires_grad)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._structure_changed()
 
     def _structure_changed(self) -> None:
         """Called when indices were replaced."""
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under torch.autocast a layer computes and returns its dtype, as the dense one does."""
+    device = x.device.type
+    narrow = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if narrow else x
 
 
 class CondensedLinear(CondensedLayer):
@@ -96,7 +102,14 @@ class CondensedLinear(CondensedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_matmul(
-            x, self.values, self.indices, self.row_ptr, self.rows, self.bias, self.plan, self.out_features
+            _autocast(x),
+            self.values,
+            self.indices,
+            self.row_ptr,
+            self.rows,
+            self.bias,
+            self.plan,
+            self.out_features,
         )
         return y
 
@@ -120,7 +133,7 @@ class CondensedConv(CondensedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_conv(
-            x,
+            _autocast(x),
             *(self.values, self.indices, self.row_ptr, self.rows, self.bias),
             *(self.shape, self.stride, self.padding, self.dilation, self.groups),
         )

@@ -71,7 +71,8 @@ class Options:
         """Hand a graph to inductor with the chosen config patches."""
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=dict(self.inductor))
+        compiled = compile_fx(gm, example_inputs, config_patches=dict(self.inductor))
+        assert callable(compiled)  # the other kinds are what its ahead-of-time modes return
         return compiled
 
 
@@ -90,7 +91,7 @@ def _check_inductor(patches: Mapping[str, Any]) -> None:
     from torch._inductor import config
 
     for name in patches:
-        if name not in config._config:
+        if name not in config._config:  # type: ignore[attr-defined]  # installed at run time
             raise OptionError(
                 f"option inductor names {name!r}, which torch {torch.__version__}'s inductor does not know"
             )

@@ -26,7 +26,7 @@ from fanin_compile.train.options import unwrap
 from fanin_compile.train.plan import Allocation, make_plan
 from fanin_compile.train.schedule import UpdateSchedule
 from fanin_compile.train.selection import Patterns
-from fanin_compile.train.shards import from_first_rank, local, mean_gradient, on_all_ranks
+from fanin_compile.train.shards import from_first_rank, keep_from_ddp, local, mean_gradient, on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class SparseTraining(abc.ABC):
         self._check_layers()
         for index, layer in enumerate(self.layers):
             self._start(layer, index, init)
+        keep_from_ddp(self.model, [f"{name}_mask" for layer in self.layers for name in layer.tied_names])
         self._handles = [
             layer.param.register_post_accumulate_grad_hook(partial(self._on_gradient, layer))
             for layer in self.layers

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # read by DistributedDataParallel's constructor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -59,6 +61,15 @@ def from_first_rank(mask: Tensor) -> Tensor:
     as_bytes = mask.to(torch.uint8).contiguous()
     dist.broadcast(as_bytes, src=0)
     return as_bytes.bool()
+
+
+def keep_from_ddp(model: nn.Module, buffers: list[str]) -> None:
+    """Tell a DistributedDataParallel that will wrap ``model`` to leave these buffers alone.
+
+    It would broadcast every buffer in every forward, and masks are the same on all ranks already.
+    """
+    ignored = getattr(model, _IGNORED, [])
+    setattr(model, _IGNORED, [*ignored, *buffers])
 
 
 def on_all_ranks(condition: bool) -> bool:

@@ -1,0 +1,65 @@
+"""Two processes under torchrun choose the same masks as one process on the joint batch, and survive a kill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import train_worker
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*args: str) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine; torchrun ends both when one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, "-m", "tests.train_worker", *args], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def assert_equal_training(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The masks bit for bit; the weights to the rounding of a sum in another order."""
+    assert result.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.endswith("_mask"):
+            assert torch.equal(result[name], tensor), name
+        else:
+            torch.testing.assert_close(result[name], tensor, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("compare")
+    succeed(torchrun("compare", str(directory)))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("job", "micro", "grad_steps"),
+    [("ddp", 1, 1), ("sparse-first", 1, 1), ("no-sync", 2, 2), ("fsdp", 1, 1), ("fsdp-micro", 2, 1)],
+)
+def test_two_ranks_equal_one_process_on_the_joint_batch(
+    compared: Path, job: str, micro: int, grad_steps: int
+) -> None:
+    """That masks are the same on all ranks after every step is checked in the workers."""
+    expected = train_worker.alone(micro, grad_steps)
+    assert_equal_training(torch.load(compared / f"{job}.pt", weights_only=True), expected)
+
+
+def test_a_killed_rank_and_a_resume_lose_nothing(tmp_path: Path) -> None:
+    """Killed while the gradient of the window is recorded; the second start goes on from the checkpoints."""
+    assert "SIGKILL" in torchrun("killed", str(tmp_path)).stderr
+    succeed(torchrun("killed", str(tmp_path)))
+    result = torch.load(tmp_path / "killed.pt", weights_only=True)
+    assert int(result.pop("resumed_at")) == 2 * train_worker.UPDATE - 1
+    assert_equal_training(result, train_worker.alone(grad_steps=2))

@@ -1,0 +1,157 @@
+"""What each of two processes runs under torchrun: python -m torch.distributed.run ... train_worker.py JOB DIR."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fanin_compile.train import SRigL
+from tests.train_support import batch, loss_of, mlp
+
+F64 = torch.float64  # rounding of the sum over ranks cannot change a rank of the scores
+STEPS, UPDATE = 12, 3
+WIDTHS = (17, 33, 24, 5)  # that two ranks cannot share evenly
+
+
+def options(grad_steps: int = 1) -> dict[str, Any]:
+    return {
+        "total_steps": 40, "delta_t": UPDATE, "sparsity": 0.75, "gamma_sal": 0.9, "grad_steps": grad_steps
+    }  # fmt: skip
+
+
+def share(x: Tensor) -> Tensor:
+    """This rank's part of the joint batch; all of it in a single process."""
+    if not dist.is_initialized():
+        return x
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def refuse_different_masks(sparse: SRigL) -> None:
+    """Every rank holds rank 0's masks."""
+    for layer in sparse.layers:
+        mine = layer.mask.to(torch.uint8)
+        first = mine.clone()
+        dist.broadcast(first, src=0)
+        if not torch.equal(mine, first):
+            raise AssertionError(f"{layer.name}: the mask of rank {dist.get_rank()} is not rank 0's")
+
+
+def train(
+    run: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sparse: SRigL,
+    *,
+    micro: int = 1,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """From the step that ``sparse`` stands at; gradients of all but the last micro-batch stay on their rank."""
+    for step in range(sparse.steps, STEPS):
+        optimizer.zero_grad()
+        for part, x in enumerate(batch(sparse.model, step, 16).chunk(micro)):
+            alone = part < micro - 1 and isinstance(run, DistributedDataParallel)
+            with run.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+                (loss_of(run, share(x)) / micro).backward()
+        optimizer.step()
+        sparse.step()
+        if dist.is_initialized():
+            refuse_different_masks(sparse)
+        after()
+
+
+def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+
+def alone(micro: int = 1, grad_steps: int = 1) -> dict[str, Tensor]:
+    """The single process on the joint batch that the others are compared with."""
+    model = mlp(*WIDTHS, dtype=F64)
+    optimizer = optimizer_for(model)
+    train(model, optimizer, SRigL(model, optimizer, **options(grad_steps)), micro=micro)
+    return state(model)
+
+
+def ddp(*, wrap_first: bool, micro: int = 1, grad_steps: int = 1) -> dict[str, Tensor]:
+    model = mlp(*WIDTHS, seed=dist.get_rank() if wrap_first else 0, dtype=F64)
+    run = DistributedDataParallel(model) if wrap_first else None  # gives all ranks rank 0's weights
+    optimizer = optimizer_for(model)
+    sparse = SRigL(run or model, optimizer, **options(grad_steps))
+    run = run or DistributedDataParallel(model)
+    synchronised = [buffer.dtype for buffer in run.modules_buffers]
+    assert torch.bool not in synchronised, "DDP would broadcast the masks in every forward"
+    train(run, optimizer, sparse, micro=micro)
+    return state(model)
+
+
+def fsdp(micro: int = 1) -> dict[str, Tensor]:
+    model = mlp(*WIDTHS, dtype=F64)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    optimizer = optimizer_for(model)
+    train(model, optimizer, SRigL(model, optimizer, **options()), micro=micro)
+    return state(model)
+
+
+def compare(directory: Path) -> None:
+    jobs: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "ddp": lambda: ddp(wrap_first=True),
+        "sparse-first": lambda: ddp(wrap_first=False),
+        "no-sync": lambda: ddp(wrap_first=True, micro=2, grad_steps=2),
+        "fsdp": fsdp,
+        "fsdp-micro": lambda: fsdp(micro=2),
+    }
+    for name, job in jobs.items():
+        result = job()
+        if dist.get_rank() == 0:
+            torch.save(result, directory / f"{name}.pt")
+
+
+def killed(directory: Path) -> None:
+    """Checkpoints after every step; rank 1 is killed once, in the step before an update."""
+    model = mlp(*WIDTHS, dtype=F64)
+    optimizer = optimizer_for(model)
+    sparse = SRigL(model, optimizer, **options(grad_steps=2))
+    run = DistributedDataParallel(model)
+    mine = directory / f"rank{dist.get_rank()}.pt"
+    resumed_at = torch.tensor(0)
+    if mine.exists():
+        saved = torch.load(mine, weights_only=True)
+        for part, part_state in zip((model, optimizer, sparse), saved, strict=True):
+            part.load_state_dict(part_state)  # type: ignore[attr-defined]
+        resumed_at.fill_(sparse.steps)
+
+    def after() -> None:
+        torch.save([model.state_dict(), optimizer.state_dict(), sparse.state_dict()], mine)
+        dist.barrier()
+        if dist.get_rank() == 1 and sparse.steps == 2 * UPDATE - 1 and not resumed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(run, optimizer, sparse, after=after)
+    if dist.get_rank() == 0:
+        torch.save(state(model) | {"resumed_at": resumed_at}, directory / "killed.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    {"compare": compare, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    dist.destroy_process_group()

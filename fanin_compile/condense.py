@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.prune import BasePruningMethod
 
-from fanin_compile.condensed import CondensedWeight
-from fanin_compile.errors import OptionError
+from fanin_compile.condensed import CondensedWeight, index_dtype
+from fanin_compile.errors import FaninError, OptionError
+from fanin_compile.export import export_condensed
+from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
 from fanin_compile.options import VALUES_DTYPES
-from fanin_compile.records import Skip
+from fanin_compile.records import Layer, Skip
 
 log = logging.getLogger("fanin_compile")
 
@@ -49,6 +53,7 @@ def condense(
     filter_fn: Filter | None = None,
     values_dtype: torch.dtype | None = None,
     progress: bool = False,
+    example_inputs: tuple[Any, ...] | None = None,
 ) -> nn.Module:
     """A copy of `model` in which every masked Linear and Conv is a CondensedLinear or CondensedConv.
 
@@ -57,11 +62,16 @@ def condense(
     itself is left untouched, and its dense weights are never copied. Layers that would not shrink, or whose forward is
     their own, stay as they are; `fanin_compile.explain` names each with the reason.
 
+    With `example_inputs` the whole model is exported in eval mode instead and comes back as a GraphModule for
+    inference: ablated neurons are removed across layers, batch norms folded, activations fused. A model that cannot be exported
+    gets its layers swapped, with a warning.
+
     Args:
         masks: masks by parameter or module name, combined with those the model carries (see fanin_compile.mask).
         filter_fn: called with (module, qualified name); False leaves a layer dense.
         values_dtype: store values as float32, bfloat16 or float16 (arithmetic stays fp32); None keeps the weight's.
         progress: show a progress bar.
+        example_inputs: positional arguments of one call; sizes of tensors stay free where the model lets them.
 
     Raises:
         MaskError: a mask that does not fit its weight. OptionError: an unsupported values_dtype.
@@ -69,6 +79,18 @@ def condense(
     if values_dtype not in (None, *VALUES_DTYPES):
         allowed = ", ".join(map(str, VALUES_DTYPES))
         raise OptionError(f"values_dtype is {values_dtype}, expected None or one of {allowed}")
+    if example_inputs is not None:
+        try:
+            return export_condensed(
+                model, example_inputs, masks=masks, gate=_shrinks(model, filter_fn), values_dtype=values_dtype
+            )
+        except FaninError:
+            raise
+        except Exception as error:  # export may raise anything on code it cannot follow
+            cause = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"condense swaps layers only, as the model cannot be exported: {cause}", stacklevel=2
+            )
     memo: dict[int, object] = {}
     for candidate in candidates(model, masks=masks, filter_fn=filter_fn, progress=progress):
         if candidate.skip is None:
@@ -81,6 +103,24 @@ def condense(
     for module in copied.modules():
         _disable_fast_path(module)
     return copied
+
+
+def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
+    """The gate of the graph door: what filter_fn allows and takes fewer bytes than dense."""
+    modules = dict(model.named_modules())
+
+    def gate(layer: Layer) -> Skip | None:
+        module = modules.get(layer.name)
+        if filter_fn is not None and module is not None and not filter_fn(module, layer.name):
+            return Skip(layer.name, "excluded by filter_fn")
+        fan_in = math.prod(layer.shape[1:])
+        size = layer.dense_bytes // layer.dense_size if layer.dense_bytes else 4
+        condensed = layer.nnz * (size + index_dtype(fan_in).itemsize)
+        if condensed >= size * layer.dense_size:
+            return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
+        return None
+
+    return gate
 
 
 def candidates(

@@ -44,12 +44,20 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may know beyond the graph. `masks` and `names` are keyed by get_attr target."""
+    """What passes may know beyond the graph.
+
+    Attributes:
+        masks: get_attr target -> bool mask of that weight.
+        masks_decide: what a mask leaves out counts as 0. Otherwise the graph's own meaning comes first: a non-zero
+            outside the mask is active as well.
+        names: get_attr target -> the layer's name in reports.
+    """
 
     gate: Gate
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     values_dtype: torch.dtype | None = None
+    masks_decide: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fanin_compile import backend
 from fanin_compile.condense import candidates
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.export import MODEL, RESULT
 from fanin_compile.graph import PipelineResult
 from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
@@ -123,6 +124,10 @@ def explain(
         inputs, kwargs: as for model(*inputs, **kwargs); they set the batch sizes for multiply-adds and costs.
     """
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.fx.GraphModule) and isinstance(
+        result := model.meta.get(RESULT), PipelineResult
+    ):
+        return Report(f"condense({model.meta[MODEL]}, example_inputs=...)", tuple(_graph_layers(result)))
     if any(isinstance(module, CondensedLayer) for module in model.modules()):
         return _explain_condensed(model, inputs, kwargs)
     if inputs or kwargs:

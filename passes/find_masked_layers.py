@@ -6,7 +6,7 @@
 
 A weight counts as sparse when its mask or its zeros leave an input of a neuron out. The mask decides what is active: a
 factor of 0s and 1s in the weight's own expression, or one the caller knows of (`ctx.masks`). As the graph must keep its
-meaning, whatever is non-zero is active too.
+meaning, whatever is non-zero is active too, unless the caller says that masks decide (`ctx.masks_decide`).
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _condense(site: _Site, ctx: Context, evaluate: Evaluator) -> CondensedWeight
         return None
     active = dense != 0
     if (mask := _mask(site.weight, ctx, evaluate)) is not None and mask.shape == dense.shape:
-        active |= mask
+        active = mask if ctx.masks_decide else active | mask
     if site.transposed:
         dense, active = dense.t(), active.t()
     return CondensedWeight.from_dense(dense, active)

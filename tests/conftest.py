@@ -1,0 +1,19 @@
+"""Fixtures for tests that compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fanin_compile import backend
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Dynamo without graphs of other tests, and warnings that were given once before."""
+    torch._dynamo.reset()
+    backend._warn_once.cache_clear()
+    yield
+    torch._dynamo.reset()

@@ -192,6 +192,16 @@ class SparseTraining(abc.ABC):
         coming = self.schedule.next_update(self.steps)
         return self._due or (coming is not None and self.steps + self.grad_steps >= coming)
 
+    @property
+    def dense_gradient_share(self) -> float:
+        """Share of optimizer steps, at this stage of the training, whose weight gradient has to be dense."""
+        if (
+            not (self.changes_topology and self.needs_gradient)
+            or self.schedule.next_update(self.steps) is None
+        ):
+            return 0.0
+        return min(1.0, self.grad_steps / self.schedule.delta_t)
+
     @torch.no_grad()
     def _on_gradient(self, layer: SparseLayer, param: Tensor) -> None:
         if param.grad is None:

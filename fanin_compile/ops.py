@@ -185,7 +185,7 @@ def gather_matmul_plan(indices: Tensor, row_ptr: Tensor | None, in_features: int
 
 def plan_size(n: int, in_features: int) -> int:
     """Elements of a plan: Plan::size in kernels/linear.h."""
-    return 8 + 2 * n * (-(-in_features // 128) + -(-in_features // 512))
+    return 8 + 2 * sum(n * -(-in_features // width) + 3 for width in (224, 448, 896))
 
 
 # ---- registration ----------------------------------------------------------------------------------------

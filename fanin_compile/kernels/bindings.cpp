@@ -93,10 +93,11 @@ Tensor as_matrix(const Tensor& x) {
   return x.contiguous();
 }
 
-// Splits `units` over threads when the work of the whole call, in multiply-adds, pays for waking them.
+constexpr int64_t kWorthThreads = 1 << 16;     // multiply-adds, about 5 us of work
+
+// Splits `units` over threads when the work of the whole call pays for waking them.
 template <class F>
 void split(int64_t units, int64_t work, const F& f) {
-  constexpr int64_t kWorthThreads = 1 << 16;
   if (units <= 1 || work < kWorthThreads || at::get_num_threads() == 1) return f(0, units);
   at::parallel_for(0, units, 1, f);
 }
@@ -121,10 +122,10 @@ void run_dot(const fanin::Linear& op, int64_t work) {
 
 void run_lanes(const fanin::Linear& op, int64_t work) {
   const int64_t width = fanin::max_lanes(), tiles = (op.batch + width - 1) / width;
-  const int64_t blocks = fanin::Plan::blocks(op.n), most = fanin::kTileRows / fanin::Plan::kBlockRows;
-  const int64_t threads = work < (1 << 16) ? 1 : at::get_num_threads();
-  const int64_t wanted = std::max((blocks + most - 1) / most, (threads + tiles - 1) / tiles);
-  const int64_t groups = std::max<int64_t>(1, std::min(blocks, wanted));
+  const int64_t blocks = fanin::Plan::blocks(op.n);
+  const int64_t tallest = std::max<int64_t>(1, (op.n + blocks - 1) / blocks), most = fanin::kTileRows / tallest;
+  const int64_t threads = work < kWorthThreads ? 1 : at::get_num_threads();
+  const int64_t groups = std::min(blocks, std::max((blocks + most - 1) / most, (threads + tiles - 1) / tiles));
   split(tiles * groups, work, [&](int64_t from, int64_t to) {
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t lane = unit / groups * width, group = unit % groups;

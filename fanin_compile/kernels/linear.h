@@ -40,21 +40,36 @@ struct Visit {
 };
 
 // The plan: which runs to visit, chunk by chunk, rows of equal count side by side. An int32 array whose size depends on
-// (n, in) only: header, then for each of two chunk widths [block of rows][chunk][row of the block] visits.
+// (n, in) only: a header, then for each level [block of rows][chunk of columns][row of the block] visits.
 struct Plan {
-  static constexpr int32_t kVersion = 0x0fa10001;
+  static constexpr int32_t kVersion = 0x0fa10002;
   static constexpr int64_t kHeader = 8;
-  static constexpr int64_t kBlockRows = 256;   // rows of one block
-  static constexpr int64_t kNarrow = 128;      // columns of one chunk: x stays in L1 at 32 lanes
-  static constexpr int64_t kWide = 512;        //   ... at 8 lanes, or when a narrow chunk holds too few non-zeros
+  static constexpr int64_t kAhead = 3;         // visits to prefetch ahead, readable past the end of a level
+  static constexpr int kLevels = 3;
+  // Columns of a chunk: 28 KiB of x at 32, 16 and 8 lanes, a wider one where a chunk holds few non-zeros.
+  static constexpr int64_t width(int level) { return int64_t{224} << level; }
 
-  static int64_t chunks(int64_t in, int64_t width) { return (in + width - 1) / width; }
-  static int64_t blocks(int64_t n) { return (n + kBlockRows - 1) / kBlockRows; }
-  static int64_t size(int64_t n, int64_t in) { return kHeader + 2 * n * (chunks(in, kNarrow) + chunks(in, kWide)); }
-  static const Visit* visits(const int32_t* plan, int64_t n, int64_t in, bool wide, int64_t block, int64_t chunk) {
-    const int64_t first = block * kBlockRows, rows = (n - first < kBlockRows ? n - first : kBlockRows);
-    const int64_t width = wide ? kWide : kNarrow;
-    const int64_t skip = (wide ? n * chunks(in, kNarrow) : 0) + first * chunks(in, width) + chunk * rows;
+  static constexpr int64_t chunks(int64_t in, int level) { return (in + width(level) - 1) / width(level); }
+  // A power of two, so that threads can share it evenly, of blocks of at least 384 rows: a longer run of visits with equal
+  // count mispredicts less often.
+  static constexpr int64_t blocks(int64_t n) {
+    int64_t count = 1;
+    while (n >= 2 * count * 384) count *= 2;
+    return count;
+  }
+  static constexpr int64_t first_row(int64_t n, int64_t block) { return n * block / blocks(n); }
+
+  static constexpr int64_t level_visits(int64_t n, int64_t in, int level) { return n * chunks(in, level) + kAhead; }
+  static constexpr int64_t size(int64_t n, int64_t in) {
+    int64_t visits = 0;
+    for (int level = 0; level < kLevels; ++level) visits += level_visits(n, in, level);
+    return kHeader + 2 * visits;
+  }
+  // Visits of the rows of `block` in `chunk`: as many as the block has rows.
+  static const Visit* visits(const int32_t* plan, int64_t n, int64_t in, int level, int64_t block, int64_t chunk) {
+    const int64_t first = first_row(n, block), rows = first_row(n, block + 1) - first;
+    int64_t skip = first * chunks(in, level) + chunk * rows;
+    for (int lower = 0; lower < level; ++lower) skip += level_visits(n, in, lower);
     return reinterpret_cast<const Visit*>(plan + kHeader) + skip;
   }
 };
@@ -64,14 +79,13 @@ bool build_plan(int32_t* plan, const void* indices, IType type, const int32_t* r
 // Whether plan was built for this very structure size by this version.
 bool plan_fits(const int32_t* plan, int64_t n, int64_t in, int64_t nnz);
 
-// A tile is up to max_lanes() consecutive batch rows, computed together.
+// A tile is up to max_lanes() consecutive batch rows, computed together over up to kTileRows condensed rows.
 int64_t max_lanes();
-// y scratch holds this many rows of a full tile
-inline constexpr int64_t kTileRows = 1536;
+inline constexpr int64_t kTileRows = 768;
 
 // Batch row b, condensed rows [first, last); xf is x's row b in fp32.
 void linear_dot(const Linear& op, int64_t b, const float* xf, int64_t first, int64_t last);
-// Batch rows [lane, lane + lanes), blocks of rows [first, last); last - first <= kTileRows / Plan::kBlockRows.
+// Batch rows [lane, lane + lanes), the condensed rows of blocks [first, last) of the plan, at most kTileRows.
 void linear_lanes(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last);
 
 // Epilogues: add bias and residual, activate, convert and store.

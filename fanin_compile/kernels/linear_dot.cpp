@@ -7,54 +7,96 @@
 namespace fanin {
 namespace {
 
-constexpr int kStep = 8;                                      // whatever the ISA: the compiler splits or joins
-using v8 = Vec<float, kStep>;
-using m8 = Vec<int32_t, kStep>;
+using v4 = Vec<float, 4>;                                     // whatever the ISA: the compiler splits or joins
+using v8 = Vec<float, 8>;
 
-// Eight columns by as few loads as possible: the load ports are the bound.
-FANIN_INLINE v8 gather(const float* x, const uint16_t* columns) {
-  const uint64_t a = load_raw<uint64_t>(columns), b = load_raw<uint64_t>(columns + 4);
-  return v8{x[a & 0xffff], x[a >> 16 & 0xffff], x[a >> 32 & 0xffff], x[a >> 48],
-            x[b & 0xffff], x[b >> 16 & 0xffff], x[b >> 32 & 0xffff], x[b >> 48]};
+FANIN_INLINE v8 concat(v4 a, v4 b) {
+#if defined(__AVX__)
+  return (v8)_mm256_set_m128((__m128)b, (__m128)a);           // the compiler adds two moves to the shuffle below
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#endif
 }
-FANIN_INLINE v8 gather(const float* x, const uint8_t* columns) {
-  const uint64_t a = load_raw<uint64_t>(columns);
-  return v8{x[a & 0xff],       x[a >> 8 & 0xff],  x[a >> 16 & 0xff], x[a >> 24 & 0xff],
-            x[a >> 32 & 0xff], x[a >> 40 & 0xff], x[a >> 48 & 0xff], x[a >> 56]};
+
+// Column J of the several that a word holds. Taken in ascending order, the last one is a shift in place.
+template <class I, int J>
+FANIN_INLINE uint64_t column(uint64_t word) {
+  constexpr int kBits = 8 * sizeof(I), kShift = J * kBits;
+  if constexpr (kShift + kBits == 64) return word >> kShift;
+#if defined(__BMI__)
+  uint64_t c = J == 0 ? static_cast<I>(word) : __builtin_ia32_bextr_u64(word, kBits << 8 | kShift);
+  asm volatile("" : "+r"(c));                                 // keeps the order, and one instruction where it sees two
+  return c;
+#endif
+  return static_cast<I>(word >> kShift);
 }
-FANIN_INLINE v8 gather(const float* x, const int32_t* c) {
-  return v8{x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
+
+struct Four {
+  int64_t c[4];
+};
+template <class I, int J>
+FANIN_INLINE Four columns4(uint64_t word) {
+  Four f;
+  f.c[0] = column<I, J>(word), f.c[1] = column<I, J + 1>(word), f.c[2] = column<I, J + 2>(word), f.c[3] = column<I, J + 3>(word);
+  return f;
+}
+
+FANIN_INLINE v4 collect(const float* x, Four f) {
+#if defined(__SSE2__)
+  return (v4)_mm_movelh_ps(_mm_unpacklo_ps(_mm_load_ss(x + f.c[0]), _mm_load_ss(x + f.c[1])),
+                           _mm_unpacklo_ps(_mm_load_ss(x + f.c[2]), _mm_load_ss(x + f.c[3])));
+#else
+  return v4{x[f.c[0]], x[f.c[1]], x[f.c[2]], x[f.c[3]]};
+#endif
+}
+
+// x at eight columns, with as few column loads as possible: the load ports are the bound.
+FANIN_INLINE v8 gather(const float* x, const uint16_t* p) {
+  const uint64_t a = load_raw<uint64_t>(p), b = load_raw<uint64_t>(p + 4);
+  const v4 low = collect(x, columns4<uint16_t, 0>(a)), high = collect(x, columns4<uint16_t, 0>(b));
+  return concat(low, high);
+}
+FANIN_INLINE v8 gather(const float* x, const uint8_t* p) {
+  const uint64_t a = load_raw<uint64_t>(p);
+  const v4 low = collect(x, columns4<uint8_t, 0>(a)), high = collect(x, columns4<uint8_t, 4>(a));
+  return concat(low, high);
+}
+FANIN_INLINE v8 gather(const float* x, const int32_t* p) {
+  return concat(collect(x, {p[0], p[1], p[2], p[3]}), collect(x, {p[4], p[5], p[6], p[7]}));
 }
 
 FANIN_INLINE float sum(v8 a) {
-  const Vec<float, 4> h = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (h[0] + h[2]) + (h[1] + h[3]);
+  const v4 h = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const v4 q = h + __builtin_shufflevector(h, h, 2, 3, 2, 3);
+  return q[0] + q[1];
+}
+
+// The last `left` < 8 products of a row. Reads whole vectors where the arrays go on that far, and masks them.
+template <class V, class I>
+FANIN_INLINE v8 tail(const V* w, const I* c, const float* x, int64_t left, bool goes_on) {
+  if (goes_on) {
+    const Vec<int32_t, 8> lane = {0, 1, 2, 3, 4, 5, 6, 7}, used = lane < static_cast<int32_t>(left);
+    return keep<8>(used, widen<8>(w)) * keep<8>(used, gather(x, c));
+  }
+  v8 products{};
+  for (int64_t i = 0; i < left; ++i) products[i] = widen1(w + i) * x[c[i]];
+  return products;
 }
 
 template <class V, class I>
-void dot(const Linear& op, const float* x, int64_t first, int64_t last, float* sums) {
+void rows(const Linear& op, const float* x, int64_t first, int64_t last, float* sums) {
   const V* values = static_cast<const V*>(op.values);
   const I* columns = static_cast<const I*>(op.indices);
-  const int64_t nnz = op.begin(op.n);
+  const int32_t* row_ptr = op.row_ptr;
+  const int64_t nnz = op.begin(op.n), k = op.k;
   for (int64_t r = first; r < last; ++r) {
-    int64_t p = op.begin(r);
-    const int64_t end = op.begin(r + 1);
+    const int64_t p = row_ptr ? row_ptr[r] : r * k, count = row_ptr ? row_ptr[r + 1] - p : k;
+    const V* w = values + p;
+    const I* c = columns + p;
     v8 acc{};
-    for (; p + kStep <= end; p += kStep) acc += widen<kStep>(values + p) * gather(x, columns + p);
-    if (const int64_t left = end - p; left > 0) {
-      const m8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-      const m8 used = lane < static_cast<int32_t>(left);
-      if (p + kStep <= nnz) {                                 // reads into the next row, masks what it finds there
-        acc += keep<kStep>(used, widen<kStep>(values + p)) * keep<kStep>(used, gather(x, columns + p));
-      } else {
-        v8 w{}, g{};
-        for (int64_t i = 0; i < left; ++i) {
-          w[i] = widen1(values + p + i);
-          g[i] = x[columns[p + i]];
-        }
-        acc += w * g;
-      }
-    }
+    int64_t j = 0;
+    for (; j + 8 <= count; j += 8) acc += widen<8>(w + j) * gather(x, c + j);
+    if (j < count) acc += tail(w + j, c + j, x, count - j, p + j + 8 <= nnz);
     sums[r - first] = sum(acc);
   }
 }
@@ -67,7 +109,7 @@ void linear_dot(const Linear& op, int64_t b, const float* xf, int64_t first, int
   for (int64_t r = first; r < last || r == first; r += kRows) {
     const int64_t stop = last - r < kRows ? last : r + kRows;
     with_dtype(op.value_type, [&](auto v) {
-      with_itype(op.index_type, [&](auto i) { dot<decltype(v), decltype(i)>(op, xf, r, stop, sums); });
+      with_itype(op.index_type, [&](auto i) { rows<decltype(v), decltype(i)>(op, xf, r, stop, sums); });
     });
     finish_row(op, b, sums, r, stop);
   }

@@ -1,4 +1,4 @@
-// Epilogues: sums -> bias, residual, activation, storage type -> y. Ablated outputs are met here as rows of zeros.
+// Epilogues: sums -> bias, residual, activation, storage type -> y. Ablated outputs are met here as sums of zero.
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -11,125 +11,108 @@
 namespace fanin {
 namespace {
 
-float bias_at(const Linear& op, int64_t o) {
-  return with_dtype(op.bias_type, [&](auto zero) { return widen1(static_cast<const decltype(zero)*>(op.bias) + o); });
-}
+// Outputs finished at a time. A tile is first transposed into a buffer of so many outputs a lane, then stored in whole
+// cache lines: rows of y are often a multiple of 4096 bytes apart, so that 8 of them compete for the same 8 ways of L1.
+constexpr int64_t kSpan = 64;
+alignas(64) constexpr float kZeros[kSpan] = {};              // also the lanes of an ablated output: a tile has at most kSpan
+
+// y[0:count] = act(sums + bias + residual)
+using Span = void (*)(const float* sums, const float* bias, const void* residual, void* y, int64_t count);
 
 template <Act A, class X>
-void row(const Linear& op, int64_t b, const float* sums, int64_t first, int64_t last) {
-  const int64_t stop = op.out_end(last);
-  X* y = static_cast<X*>(op.y) + b * op.out;
-  const X* residual = op.residual ? static_cast<const X*>(op.residual) + b * op.out : nullptr;
-  int64_t r = first;
-  for (int64_t o = op.out_begin(first); o < stop; o += kLanes) {
-    const int64_t count = stop - o < kLanes ? stop - o : kLanes;
-    const bool whole = count == kLanes;
-    vf v{};
-    if (!op.rows && whole) {
-      v = load_raw<vf>(sums + (o - first));
-    } else {
-      for (int64_t i = 0; i < count; ++i)
-        if (r < last && (op.rows ? op.rows[r] : r) == o + i) v[i] = sums[r++ - first];
-    }
-    if (op.bias) {
-      if (whole)
-        v += with_dtype(op.bias_type, [&](auto z) { return widen<kLanes>(static_cast<const decltype(z)*>(op.bias) + o); });
-      else
-        for (int64_t i = 0; i < count; ++i) v[i] += bias_at(op, o + i);
-    }
-    if (residual) {
-      if (whole) v += widen<kLanes>(residual + o);
-      else
-        for (int64_t i = 0; i < count; ++i) v[i] += widen1(residual + o + i);
-    }
-    v = activate<A>(v);
-    if (whole) narrow<kLanes>(y + o, v);
-    else
-      for (int64_t i = 0; i < count; ++i) narrow1(y + o + i, v[i]);
-    if (!op.rows && whole) r += kLanes;
+void span(const float* sums, const float* bias, const void* residual_, void* y_, int64_t count) {
+  const X* residual = static_cast<const X*>(residual_);
+  X* y = static_cast<X*>(y_);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    vf v = load_raw<vf>(sums + i) + load_raw<vf>(bias + i);
+    if (residual) v += widen<kLanes>(residual + i);
+    narrow<kLanes>(y + i, activate<A>(v));
   }
+  if (i == count) return;
+  vf v{};
+  for (int64_t j = 0; i + j < count; ++j) {
+    v[j] = sums[i + j] + bias[i + j];
+    if (residual) v[j] += widen1(residual + i + j);
+  }
+  v = activate<A>(v);
+  for (int64_t j = 0; i + j < count; ++j) narrow1(y + i + j, v[j]);
 }
 
-template <class X, int B = 0>
-FANIN_INLINE void store_pieces(X* y, int64_t step, vf v) {
-  narrow<kPiece>(y + B * step, piece<B>(v));
-  if constexpr (B + 1 < kLanes / kPiece) store_pieces<X, B + 1>(y, step, v);
-}
+// What every epilogue of one call shares.
+struct Epilogue {
+  const Linear& op;
+  Span span;
+  int64_t size;                                               // bytes of one element of y
+  alignas(64) float wide_bias[kSpan];
 
-// kPiece outputs from o on, of kLanes lanes; src[i] is where output o + i keeps its lanes.
-template <Act A, class X>
-FANIN_INLINE void block(const Linear& op, int64_t lane, int64_t lanes, const float* const* src, vf bias, int64_t o,
-                        int64_t outs) {
-  vf v[kPiece];
-  for (int i = 0; i < kPiece; ++i) v[i] = load_raw<vf>(src[i]);
-  transpose_pieces(v);                                        // piece b of v[i]: outputs o..o+3 of lane b * kPiece + i
-  X* y = static_cast<X*>(op.y) + lane * op.out + o;
-  const X* residual = op.residual ? static_cast<const X*>(op.residual) + lane * op.out + o : nullptr;
-  if (lanes >= kLanes && outs == kPiece) {
-    for (int i = 0; i < kPiece; ++i) {
-      v[i] += bias;
-      if (residual)
-        v[i] += gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(residual + (b * kPiece + i) * op.out); });
-      store_pieces(y + i * op.out, kPiece * op.out, activate<A>(v[i]));
-    }
-    return;
+  explicit Epilogue(const Linear& op) : op(op), size(op.x_type == DType::f32 ? 4 : 2) {
+    span = with_dtype(op.x_type, [&](auto x) {
+      return with_act(op.act, [&](auto act) -> Span { return &fanin::span<act.value, decltype(x)>; });
+    });
   }
-  for (int i = 0; i < kPiece; ++i) {
-    v[i] += bias;
-    for (int b = 0; b < kLanes / kPiece; ++b)
-      if (residual && b * kPiece + i < lanes)
-        for (int64_t j = 0; j < outs; ++j) v[i][b * kPiece + j] += widen1(residual + (b * kPiece + i) * op.out + j);
-    v[i] = activate<A>(v[i]);
-    for (int b = 0; b < kLanes / kPiece; ++b)
-      if (b * kPiece + i < lanes)
-        for (int64_t j = 0; j < outs; ++j) narrow1(y + (b * kPiece + i) * op.out + j, v[i][b * kPiece + j]);
+  // bias[o : o + count] in fp32
+  const float* bias(int64_t o, int64_t count) {
+    if (!op.bias) return kZeros;
+    if (op.bias_type == DType::f32) return static_cast<const float*>(op.bias) + o;
+    widen_row(static_cast<const uint16_t*>(op.bias) + o, op.bias_type, count, wide_bias);
+    return wide_bias;
   }
-}
+  void finish(int64_t b, int64_t o, int64_t count, const float* sums, const float* bias) const {
+    const int64_t at = (b * op.out + o) * size;
+    span(sums, bias, op.residual ? static_cast<const char*>(op.residual) + at : nullptr, static_cast<char*>(op.y) + at, count);
+  }
+};
 
-alignas(64) constexpr float kZeros[kLanes] = {};
-
-template <Act A, class X>
-void tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t stride, int64_t first, int64_t last) {
-  constexpr int64_t kLine = 16;                               // outputs of one cache line, finished lane group by lane group
-  const int64_t stop = op.out_end(last);
-  const float* src[kLine];
-  vf bias[kLine / kPiece];
-  int64_t r = first;
-  for (int64_t line = op.out_begin(first); line < stop; line += kLine) {
-    const int64_t outs = stop - line < kLine ? stop - line : kLine;
-    for (int64_t i = 0; i < kLine; ++i) {
-      const bool alive = i < outs && r < last && (op.rows ? op.rows[r] : r) == line + i;
-      src[i] = alive ? sums + (r++ - first) * stride : kZeros;
-    }
-    for (int64_t i = 0; i < kLine; i += kPiece) {
-      vp part{};
-      if (op.bias)
-        for (int64_t j = 0; j < kPiece && i + j < outs; ++j) part[j] = bias_at(op, line + i + j);
-      bias[i / kPiece] = repeat(part);
-    }
-    for (int64_t g = 0; g < lanes; g += kLanes) {
-      for (int64_t i = 0; i < outs; i += kPiece) {
-        const float* at[kPiece];
-        for (int j = 0; j < kPiece; ++j) at[j] = src[i + j] == kZeros ? kZeros : src[i + j] + g;
-        block<A, X>(op, lane + g, lanes - g, at, bias[i / kPiece], line + i, outs - i < kPiece ? outs - i : kPiece);
-      }
-    }
-  }
+template <int B = 0>
+FANIN_INLINE void store_pieces(float* out, int64_t step, vf v) {
+  store_raw(out + B * step, piece<B>(v));
+  if constexpr (B + 1 < kLanes / kPiece) store_pieces<B + 1>(out, step, v);
 }
 
 }  // namespace
 
 void finish_row(const Linear& op, int64_t b, const float* sums, int64_t first, int64_t last) {
-  with_dtype(op.x_type, [&](auto x) {
-    with_act(op.act, [&](auto act) { row<act.value, decltype(x)>(op, b, sums, first, last); });
-  });
+  Epilogue epilogue(op);
+  const int64_t stop = op.out_end(last);
+  alignas(64) float spread[kSpan];
+  int64_t r = first;
+  for (int64_t o = op.out_begin(first); o < stop; o += kSpan) {
+    const int64_t count = stop - o < kSpan ? stop - o : kSpan;
+    const float* part = sums + (o - first);
+    if (op.rows) {
+      for (int64_t i = 0; i < count; ++i) spread[i] = r < last && op.rows[r] == o + i ? sums[r++ - first] : 0.0f;
+      part = spread;
+    }
+    epilogue.finish(b, o, count, part, epilogue.bias(o, count));
+  }
 }
 
 void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t stride, int64_t first,
                  int64_t last) {
-  with_dtype(op.x_type, [&](auto x) {
-    with_act(op.act, [&](auto act) { tile<act.value, decltype(x)>(op, lane, lanes, sums, stride, first, last); });
-  });
+  Epilogue epilogue(op);
+  const int64_t stop = op.out_end(last);
+  const float* source[kSpan];                                 // where an output keeps its lanes
+  alignas(64) float turned[kLanes][kSpan];
+  int64_t r = first;
+  for (int64_t o = op.out_begin(first); o < stop; o += kSpan) {
+    const int64_t count = stop - o < kSpan ? stop - o : kSpan;
+    for (int64_t i = 0; i < kSpan; ++i) {
+      const bool alive = i < count && r < last && (op.rows ? op.rows[r] : r) == o + i;
+      source[i] = alive ? sums + (r++ - first) * stride : kZeros;
+    }
+    const float* bias = epilogue.bias(o, count);
+    for (int64_t g = 0; g < lanes; g += kLanes) {
+      for (int64_t i = 0; i < count; i += kPiece) {
+        vf v[kPiece];
+        for (int j = 0; j < kPiece; ++j) v[j] = load_raw<vf>(source[i + j] + g);
+        transpose_pieces(v);
+        for (int j = 0; j < kPiece; ++j) store_pieces(&turned[j][i], kPiece * kSpan, v[j]);
+      }
+      const int64_t used = lanes - g < kLanes ? lanes - g : kLanes;
+      for (int64_t i = 0; i < used; ++i) epilogue.finish(lane + g + i, o, count, turned[i], bias);
+    }
+  }
 }
 
 void widen_row(const void* x, DType type, int64_t count, float* out) {

@@ -8,17 +8,17 @@ namespace fanin {
 namespace {
 
 template <class I>
-bool fill(int32_t* plan, const I* indices, const int32_t* row_ptr, int64_t n, int64_t k, int64_t in, bool wide) {
-  const int64_t width = wide ? Plan::kWide : Plan::kNarrow;
+bool fill(int32_t* plan, const I* indices, const int32_t* row_ptr, int64_t n, int64_t k, int64_t in, int level) {
+  const int64_t width = Plan::width(level);
   const auto begin = [&](int64_t r) { return row_ptr ? int64_t{row_ptr[r]} : r * k; };
   const auto key = [&](int64_t count) { return count < width ? count : width; };
-  std::vector<int64_t> cursor(Plan::kBlockRows), slot;
-  std::vector<int32_t> count(Plan::kBlockRows);
+  std::vector<int64_t> cursor, slot;
+  std::vector<int32_t> count;
   for (int64_t block = 0; block < Plan::blocks(n); ++block) {
-    const int64_t first = block * Plan::kBlockRows;
-    const int64_t rows = n - first < Plan::kBlockRows ? n - first : Plan::kBlockRows;
+    const int64_t first = Plan::first_row(n, block), rows = Plan::first_row(n, block + 1) - first;
+    cursor.resize(rows), count.resize(rows);
     for (int64_t r = 0; r < rows; ++r) cursor[r] = begin(first + r);
-    for (int64_t chunk = 0; chunk < Plan::chunks(in, width); ++chunk) {
+    for (int64_t chunk = 0; chunk < Plan::chunks(in, level); ++chunk) {
       const int64_t stop = (chunk + 1) * width < in ? (chunk + 1) * width : in;
       slot.assign(width + 2, 0);
       for (int64_t r = 0; r < rows; ++r) {
@@ -31,7 +31,7 @@ bool fill(int32_t* plan, const I* indices, const int32_t* row_ptr, int64_t n, in
         cursor[r] = p;
       }
       for (int64_t c = 0; c <= width; ++c) slot[c + 1] += slot[c];
-      Visit* visits = const_cast<Visit*>(Plan::visits(plan, n, in, wide, block, chunk));
+      Visit* visits = const_cast<Visit*>(Plan::visits(plan, n, in, level, block, chunk));
       for (int64_t r = 0; r < rows; ++r)
         visits[slot[key(count[r])]++] = {static_cast<int32_t>(cursor[r] - count[r]), static_cast<uint16_t>(r),
                                     static_cast<uint16_t>(count[r])};
@@ -39,6 +39,8 @@ bool fill(int32_t* plan, const I* indices, const int32_t* row_ptr, int64_t n, in
     for (int64_t r = 0; r < rows; ++r)
       if (cursor[r] != begin(first + r + 1)) return false;
   }
+  const Visit* end = Plan::visits(plan, n, in, level, Plan::blocks(n), 0);
+  __builtin_memset(const_cast<Visit*>(end), 0, Plan::kAhead * sizeof(Visit));
   return true;
 }
 
@@ -51,7 +53,9 @@ bool build_plan(int32_t* plan, const void* indices, IType type, const int32_t* r
   for (int64_t i = 0; i < Plan::kHeader; ++i) plan[i] = header[i];
   return with_itype(type, [&](auto zero) {
     const auto* columns = static_cast<const decltype(zero)*>(indices);
-    return fill(plan, columns, row_ptr, n, k, in, false) && fill(plan, columns, row_ptr, n, k, in, true);
+    bool ok = true;
+    for (int level = 0; level < Plan::kLevels; ++level) ok = ok && fill(plan, columns, row_ptr, n, k, in, level);
+    return ok;
   });
 }
 

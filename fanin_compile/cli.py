@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+N = TypeVar("N", int, float)
 
 app = typer.Typer(
     help="Sparse PyTorch models with constant fan-in: train, condense, compile, measure.",
@@ -15,9 +18,10 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _group() -> None:
-    """Makes `demo` a subcommand even while it stands alone."""
+bench_app = typer.Typer(
+    help="Measure: correct before timed, sides interleaved, ratios.", no_args_is_help=True
+)
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()
@@ -40,6 +44,76 @@ def demo(
         out.write_text(json.dumps(fields, indent=2))
     if not result.agreement:
         raise typer.Exit(1)
+
+
+def _numbers(kind: Callable[[str], N], text: str, name: str) -> list[N]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{name} is {text!r}, expected numbers separated by commas") from None
+
+
+Batches = Annotated[str, typer.Option(help="batch sizes, separated by commas")]
+Sparsities = Annotated[str, typer.Option(help="shares of weights left out, separated by commas")]
+Threads = Annotated[str, typer.Option(help="thread counts, separated by commas")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="of measuring, for each case")]
+Quick = Annotated[
+    bool, typer.Option(help="a small run, to see that everything works; its times mean nothing")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result here")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="write a picture here (.png, .svg, .pdf)")]
+
+
+@bench_app.command()
+def linear(
+    batches: Batches = "1,8,16,64,256",
+    sparsities: Sparsities = "0.9",
+    threads: Threads = "1",
+    seconds: Seconds = 1.0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """The two linears of a ViT-B or BERT-base feed-forward block, one at a time, against dense and sparse peers."""
+    _bench_linear(False, batches, sparsities, threads, seconds, quick, json_file, plot_file)
+
+
+@bench_app.command()
+def mlp(
+    batches: Batches = "1,8,16,32,64,256,2048",
+    sparsities: Sparsities = "0.9",
+    threads: Threads = "1",
+    seconds: Seconds = 2.0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """Six pairs of these layers with GELU between all, one compiled graph, against the targets."""
+    _bench_linear(True, batches, sparsities, threads, seconds, quick, json_file, plot_file)
+
+
+def _bench_linear(
+    stack: bool,
+    batches: str,
+    sparsities: str,
+    threads: str,
+    seconds: float,
+    quick: bool,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    from fanin_compile.bench.linear import bench_linear
+
+    result = bench_linear(
+        stack=stack,
+        batches=_numbers(int, batches, "--batches"),
+        sparsities=_numbers(float, sparsities, "--sparsities"),
+        threads=_numbers(int, threads, "--threads"),
+        seconds=seconds,
+        quick=quick,
+    )
+    print(result)
+    result.save(json_file, plot_file)
 
 
 def main() -> None:

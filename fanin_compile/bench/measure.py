@@ -1,0 +1,114 @@
+"""Run the contenders of one case side by side, after checking that they agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fanin_compile.bench.contenders import CONTENDERS, DENSE
+from fanin_compile.errors import FaninError
+from fanin_compile.timing import Timing, interleaved, threads
+
+
+class DisagreementError(FaninError):
+    """A contender's output differs from the masked dense model's by more than rounding."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: median microseconds a call of each contender, and what follows from them.
+
+    Attributes:
+        dense: the dense contender that was fastest.
+        macs_per_ns: useful (non-zero) multiply-adds of ours per nanosecond, over all threads.
+        target: the least ratio aimed at, if one is set for the case.
+    """
+
+    name: str
+    sparsity: float
+    batch: int
+    threads: int
+    times: Mapping[str, Timing]
+    nnz_macs: int
+    target: float | None = None
+
+    @property
+    def dense(self) -> str:
+        return min((name for name in self.times if name in DENSE), key=lambda name: self.times[name].median)
+
+    @property
+    def ratio(self) -> float:
+        return self.times[self.dense].median / self.times["fanin"].median
+
+    @property
+    def macs_per_ns(self) -> float:
+        return self.nnz_macs / self.times["fanin"].median
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "sparsity": self.sparsity,
+            "batch": self.batch,
+            "threads": self.threads,
+            "times_us": {name: timing.us for name, timing in self.times.items()},
+            "spread": {name: timing.spread for name, timing in self.times.items()},
+            "dense": self.dense,
+            "ratio": self.ratio,
+            "macs_per_ns": self.macs_per_ns,
+            "target": self.target,
+        }
+
+
+def run_case(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    name: str,
+    sparsity: float,
+    threads_used: int,
+    contenders: Iterable[str],
+    seconds: float,
+    nnz_macs: int,
+    target: float | None = None,
+) -> Row:
+    """Build the contenders at `threads_used` threads, compare each with fp64, then time them in turn.
+
+    Raises: DisagreementError.
+    """
+    torch._dynamo.reset()  # each case is a model of its own: nothing may be shared or run into recompile limits
+    with threads(threads_used), torch.no_grad():
+        runs = {}
+        for contender in contenders:
+            run = CONTENDERS[contender](model, x)
+            if run is not None:
+                runs[contender] = run
+        _check(model, x, {contender: run() for contender, run in runs.items()})
+        timings = interleaved(list(runs.values()), seconds)
+    times = dict(zip(runs, timings, strict=True))
+    return Row(name, sparsity, len(x), threads_used, times, nnz_macs, target)
+
+
+def _check(model: nn.Module, x: Tensor, outputs: Mapping[str, object], rows: int = 64) -> None:
+    """Against the model in fp64, on the first rows: the relative error of fp32 sums this long stays below 1e-4."""
+    exact = copy.deepcopy(model).double()(x[:rows].double())
+    for name, output in outputs.items():
+        assert isinstance(output, Tensor)
+        error = float((output[:rows] - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+        if not error < 1e-4:
+            raise DisagreementError(
+                f"{name} is off by {error:.1e} of the largest output, expected less than 1e-4"
+            )
+
+
+def nnz_of(model: nn.Module) -> int:
+    """Non-zero weights of all linear layers: the multiply-adds of one batch row."""
+    return sum(int((m.weight != 0).sum()) for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def geometric_mean(numbers: Sequence[float]) -> float:
+    return float(torch.tensor(numbers, dtype=torch.float64).log().mean().exp())

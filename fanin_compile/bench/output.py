@@ -1,0 +1,97 @@
+"""A benchmark's result as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fanin_compile.bench.measure import Row
+from fanin_compile.bench.roofline import Roofline
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    title: str
+    machine: str
+    rows: tuple[Row, ...]
+    roofline: Roofline | None = None
+
+    def to_json(self) -> str:
+        fields: dict[str, Any] = {"title": self.title, "machine": self.machine}
+        fields["rows"] = [row.to_dict() for row in self.rows]
+        if self.roofline is not None:
+            fields["roofline"] = {"macs_per_ns": self.roofline.macs_per_ns, "read": self.roofline.read}
+        return json.dumps(fields, indent=2)
+
+    def __str__(self) -> str:
+        contenders = list(dict.fromkeys(name for row in self.rows for name in row.times))
+        headers = [
+            "case",
+            "sparsity",
+            "threads",
+            "batch",
+            *contenders,
+            "x best dense",
+            "target",
+            "MAC/ns",
+            "of peak",
+        ]
+        table = [self._cells(row, contenders) for row in self.rows]
+        lines = [self.title, self.machine, tabulate(table, headers, disable_numparse=True, stralign="right")]
+        if self.roofline is not None:
+            lines.append(f"peak of a core: {self.roofline.macs_per_ns:.1f} fp32 multiply-adds per ns")
+        lines.append("median microseconds a call; ratio to the fastest dense contender of the same run")
+        return "\n".join(lines)
+
+    def _cells(self, row: Row, contenders: Sequence[str]) -> list[str]:
+        times = [f"{row.times[name].us:.0f}" if name in row.times else "" for name in contenders]
+        target = (
+            ""
+            if row.target is None
+            else f">= {row.target:g} {'met' if row.ratio >= row.target else 'MISSED'}"
+        )
+        peak = (
+            ""
+            if self.roofline is None
+            else f"{row.macs_per_ns / self.roofline.macs_per_ns / row.threads:.0%}"
+        )
+        return [
+            *(row.name, f"{row.sparsity:.0%}", str(row.threads), str(row.batch), *times),
+            *(f"{row.ratio:.2f}", target, f"{row.macs_per_ns:.1f}", peak),
+        ]
+
+    def save(self, json_file: Path | None, plot_file: Path | None) -> None:
+        if json_file is not None:
+            json_file.write_text(self.to_json())
+        if plot_file is not None:
+            plot(self, plot_file)
+
+
+def plot(result: BenchResult, path: Path) -> None:
+    """Ratio over the best dense against the batch size, a line for each case, sparsity and thread count."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    lines: dict[str, list[Row]] = {}
+    for row in result.rows:
+        label = f"{row.name}, {row.sparsity:.0%}, {row.threads} thread{'s' * (row.threads > 1)}"
+        lines.setdefault(label, []).append(row)
+    for label, rows in lines.items():
+        ordered = sorted(rows, key=lambda row: row.batch)
+        axes.plot([row.batch for row in ordered], [row.ratio for row in ordered], marker="o", label=label)
+    axes.axhline(1.0, color="grey", linewidth=1, linestyle="--")
+    axes.set(xscale="log", xlabel="batch", ylabel="times faster than the best dense", title=result.title)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,56 @@
+"""The host's limits, measured by the native library: peak multiply-adds and read bandwidth of one core."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from fanin_compile.kernels import build
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Per core: fp32 multiply-adds per ns; bytes per ns read from a working set of `bytes`."""
+
+    macs_per_ns: float
+    read: dict[int, float]
+
+    def stream(self, nbytes: int) -> float:
+        """Bytes per ns when reading a working set of that size: that of the next larger one measured."""
+        larger = [size for size in self.read if size >= nbytes]
+        return self.read[min(larger)] if larger else self.read[max(self.read)]
+
+
+WORKING_SETS = tuple(1 << shift for shift in range(14, 27))  # 16 KiB to 64 MiB
+
+
+@functools.cache
+def roofline() -> Roofline:
+    """Measure this host, in about a second; the best of three of each."""
+    library = ctypes.CDLL(str(build.load()))
+    peak = library.fanin_peak_macs_per_ns
+    peak.restype, peak.argtypes = ctypes.c_double, [ctypes.c_int64]
+    read = library.fanin_read_bytes_per_ns
+    read.restype, read.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    data = torch.ones(max(WORKING_SETS) // 4)
+    bandwidth = {}
+    for size in WORKING_SETS:
+        rounds = max(1, (1 << 27) // size)
+        bandwidth[size] = max(read(data.data_ptr(), size // 4, rounds) for _ in range(3))
+    return Roofline(max(peak(4_000_000) for _ in range(3)), bandwidth)
+
+
+def host() -> str:
+    """One line naming the machine, for tables."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor without that line
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {isa}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -22,6 +22,7 @@ from tests.train_support import batch, loss_of, mlp
 
 F64 = torch.float64  # rounding of the sum over ranks cannot change a rank of the scores
 STEPS, UPDATE = 12, 3
+CUT = 2 * UPDATE - 1  # steps before the kill
 WIDTHS = (17, 33, 24, 5)  # that two ranks cannot share evenly
 
 
@@ -62,10 +63,11 @@ def train(
     sparse: SRigL,
     *,
     micro: int = 1,
+    until: int = STEPS,
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """From the step that ``sparse`` stands at; gradients of all but the last micro-batch stay on their rank."""
-    for step in range(sparse.steps, STEPS):
+    for step in range(sparse.steps, until):
         optimizer.zero_grad()
         for part, x in enumerate(batch(sparse.model, step, 16).chunk(micro)):
             alone = part < micro - 1 and isinstance(run, DistributedDataParallel)
@@ -102,12 +104,17 @@ def ddp(*, wrap_first: bool, micro: int = 1, grad_steps: int = 1) -> dict[str, T
     return state(model)
 
 
-def fsdp(micro: int = 1) -> dict[str, Tensor]:
+def sharded(grad_steps: int = 1) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
     model = mlp(*WIDTHS, dtype=F64)
     for layer in (model[0], model[2], model):
         fully_shard(layer)
     optimizer = optimizer_for(model)
-    train(model, optimizer, SRigL(model, optimizer, **options()), micro=micro)
+    return model, optimizer, SRigL(model, optimizer, **options(grad_steps))
+
+
+def fsdp(micro: int = 1) -> dict[str, Tensor]:
+    model, optimizer, sparse = sharded()
+    train(model, optimizer, sparse, micro=micro)
     return state(model)
 
 
@@ -126,28 +133,40 @@ def compare(directory: Path) -> None:
 
 
 def killed(directory: Path) -> None:
-    """Checkpoints after every step; rank 1 is killed once, in the step before an update."""
+    """Started twice. The first time, FSDP stops and then rank 1 under DDP is killed, both in the step before an
+    update, with a gradient recorded; the second time they go on from their checkpoints."""
+    resume(directory, "fsdp", sharded(grad_steps=2), kill=False)
     model = mlp(*WIDTHS, dtype=F64)
     optimizer = optimizer_for(model)
     sparse = SRigL(model, optimizer, **options(grad_steps=2))
-    run = DistributedDataParallel(model)
-    mine = directory / f"rank{dist.get_rank()}.pt"
-    resumed_at = torch.tensor(0)
-    if mine.exists():
+    resume(directory, "ddp", (DistributedDataParallel(model), optimizer, sparse), kill=True)
+
+
+def resume(
+    directory: Path, name: str, parts: tuple[nn.Module, torch.optim.Optimizer, SRigL], *, kill: bool
+) -> None:
+    """Train from this rank's checkpoint, which is written after every step."""
+    run, optimizer, sparse = parts
+    model = sparse.model
+    mine = directory / f"{name}-rank{dist.get_rank()}.pt"
+    first_time = not mine.exists()
+    if not first_time:
         saved = torch.load(mine, weights_only=True)
-        for part, part_state in zip((model, optimizer, sparse), saved, strict=True):
-            part.load_state_dict(part_state)  # type: ignore[attr-defined]
-        resumed_at.fill_(sparse.steps)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        sparse.load_state_dict(saved[2])
+        assert sparse.steps == CUT
 
     def after() -> None:
         torch.save([model.state_dict(), optimizer.state_dict(), sparse.state_dict()], mine)
         dist.barrier()
-        if dist.get_rank() == 1 and sparse.steps == 2 * UPDATE - 1 and not resumed_at:
+        if first_time and kill and dist.get_rank() == 1 and sparse.steps == CUT:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(run, optimizer, sparse, after=after)
+    train(run, optimizer, sparse, until=CUT if first_time and not kill else STEPS, after=after)
+    result = state(model)
     if dist.get_rank() == 0:
-        torch.save(state(model) | {"resumed_at": resumed_at}, directory / "killed.pt")
+        torch.save(result, directory / f"{name}.pt")
 
 
 if __name__ == "__main__":

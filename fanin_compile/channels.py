@@ -284,8 +284,8 @@ def _cat(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
     constants, values = [], []
     for tensor in tensors:
         channels, meta = known.get(tensor), tensor_meta(tensor)  # type: ignore[arg-type]
-        if meta is None or not isinstance(size := meta.shape[dim], int):
-            return None
+        if meta is None or meta.ndim != out.ndim or not isinstance(size := meta.shape[dim], int):
+            return None  # cat also takes an empty vector among tensors of any rank
         if channels is not None and channels.dim == dim:
             constants.append(channels.constant)
             values.append(channels.values)

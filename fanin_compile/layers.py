@@ -50,6 +50,14 @@ class CondensedLayer(nn.Module):
         """The dense weight, made anew at each access: for code which reads `layer.weight`."""
         return self.condensed.to_dense()
 
+    def _cast(self, x: Tensor) -> Tensor:
+        """Under torch.autocast a layer computes in its dtype and returns it, as the dense one does."""
+        values = self._parameters["values"]  # neither x nor self.values, for which torch.fx puts proxies
+        assert values is not None
+        if torch.is_autocast_enabled(values.device.type) and values.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(values.device.type))
+        return x
+
     def extra_repr(self) -> str:
         return f"{self.condensed}, bias={self.bias is not None}"
 
@@ -79,13 +87,6 @@ class CondensedLayer(nn.Module):
         """Called when indices were replaced."""
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """Under torch.autocast a layer computes and returns its dtype, as the dense one does."""
-    device = x.device.type
-    narrow = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(device)) if narrow else x
-
-
 class CondensedLinear(CondensedLayer):
     """nn.Linear with a condensed weight: [..., in] -> [..., out], every stride, every number of leading dimensions."""
 
@@ -102,7 +103,7 @@ class CondensedLinear(CondensedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_matmul(
-            _autocast(x),
+            self._cast(x),
             self.values,
             self.indices,
             self.row_ptr,
@@ -133,7 +134,7 @@ class CondensedConv(CondensedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_conv(
-            _autocast(x),
+            self._cast(x),
             *(self.values, self.indices, self.row_ptr, self.rows, self.bias),
             *(self.shape, self.stride, self.padding, self.dilation, self.groups),
         )

@@ -1,0 +1,367 @@
+"""A compiled graph never serves weights that are no longer the model's, however they changed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import fanin_compile
+from fanin_compile import guards
+from tests.compile_support import (
+    MLP,
+    STRICT,
+    assert_equals_dense,
+    compiled,
+    fan_in_mask,
+    randn,
+    recorded,
+    rewritten,
+    sparse_linear,
+    sparse_weight,
+)
+
+pytestmark = pytest.mark.usefixtures("dynamo")
+
+
+def _load(model: MLP) -> None:
+    model.load_state_dict(MLP(seed=7).state_dict())
+
+
+def _load_assign(model: MLP) -> None:
+    model.load_state_dict(MLP(seed=7).state_dict(), assign=True)
+
+
+def _new_parameter(model: MLP) -> None:
+    model.a.weight = nn.Parameter(sparse_weight(48, 64, 6, seed=7))
+
+
+def _data(model: MLP) -> None:
+    model.a.weight.data = sparse_weight(48, 64, 6, seed=7)
+
+
+def _in_place(model: MLP) -> None:
+    model.a.weight.mul_(-1.5)
+
+
+def _bias(model: MLP) -> None:
+    model.a.bias.mul_(-1.5)  # of the ablated neurons, too
+
+
+def _inference_mode(model: MLP) -> None:
+    with torch.inference_mode():
+        model.a.weight.mul_(-1.5)
+
+
+def _swap(model: MLP) -> None:
+    torch.utils.swap_tensors(model.a.weight, nn.Parameter(sparse_weight(48, 64, 6, seed=7)))
+
+
+def _vector(model: MLP) -> None:
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 1.25, model.parameters())
+
+
+def _init(model: MLP) -> None:
+    nn.init.sparse_(model.a.weight, 0.9)  # another fan-in in other rows
+
+
+def _denser(model: MLP) -> None:
+    model.a.weight.copy_(sparse_weight(48, 64, 9, seed=3))
+
+
+def _same_fan_in(model: MLP) -> None:
+    model.a.weight.copy_(sparse_weight(48, 64, 6, ablated=2, seed=3))
+
+
+def _neuron_back(model: MLP) -> None:
+    model.a.weight[-1, :6] = 1.0
+    model.b.weight[:, -1] = 1.0
+
+
+def _dense(model: MLP) -> None:
+    model.a.weight.copy_(randn(48, 64))
+
+
+def _sgd(model: MLP, *, fused: bool) -> None:
+    _step(torch.optim.SGD(model.parameters(), lr=0.5, fused=fused), model)
+
+
+def _adam(model: MLP, *, fused: bool) -> None:
+    _step(torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused), model)
+
+
+def _step(optimizer: torch.optim.Optimizer, model: MLP) -> None:
+    with torch.enable_grad():
+        model(randn(3, 64)).square().sum().backward()
+    for layer in (model.a, model.b):
+        assert layer.weight.grad is not None
+        layer.weight.grad.mul_(layer.weight != 0)
+    optimizer.step()
+
+
+CHANGES: dict[str, Callable[[MLP], None]] = {
+    "load_state_dict": _load,
+    "load_state_dict assign": _load_assign,
+    "m.weight = Parameter": _new_parameter,
+    ".data =": _data,
+    "in place": _in_place,
+    "bias in place": _bias,
+    "in place in inference mode": _inference_mode,
+    "swap_tensors": _swap,
+    "vector_to_parameters": _vector,
+    "init": _init,
+    "other mask, other k": _denser,
+    "other mask, same k": _same_fan_in,
+    "ablated neuron back": _neuron_back,
+    "no longer sparse": _dense,
+    "SGD": lambda m: _sgd(m, fused=False),
+    "SGD fused": lambda m: _sgd(m, fused=True),
+    "AdamW": lambda m: _adam(m, fused=False),
+    "AdamW fused": lambda m: _adam(m, fused=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_by_the_next_call(change: str) -> None:
+    model, x = MLP(), randn(5, 64)
+    f = compiled(model)
+    with recorded() as compilations:
+        before = f(x)
+        CHANGES[change](model)
+        for _ in range(2):  # the first may step aside, the second is compiled
+            y = f(x)
+            assert not torch.allclose(y, before, atol=1e-3)
+            assert_equals_dense(y, model, x)
+    assert len(compilations) <= 2
+    assert rewritten(compilations)[-1] == ({"b"} if change == "no longer sparse" else {"a", "b"})
+
+
+def test_many_changes_of_values_compile_once() -> None:
+    model, x = MLP(), randn(5, 64)
+    f = compiled(model)
+    with recorded() as compilations:
+        for _ in range(12):
+            model.a.weight.mul_(1.1)
+            assert_equals_dense(f(x), model, x)
+    assert len(compilations) == 1
+
+
+def test_buffers_of_ablated_neurons_way_are_watched() -> None:
+    model = nn.Sequential(
+        sparse_linear(64, 32, 6, ablated=8), nn.BatchNorm1d(32), nn.ReLU(), sparse_linear(32, 9, 5)
+    )
+    model.eval()
+    f, x = compiled(model), randn(5, 64)
+    with recorded():
+        for change in (
+            lambda: model[1].running_mean.add_(1.0),  # type: ignore[operator, union-attr]
+            lambda: model[1].running_var.mul_(2.0),  # type: ignore[operator, union-attr]
+            lambda: model[1].bias.add_(0.5),  # type: ignore[operator, union-attr]
+            lambda: model[0].bias.add_(0.5),  # type: ignore[operator, union-attr]
+            lambda: model[3].weight.mul_(2.0),  # type: ignore[operator, union-attr]
+        ):
+            torch.testing.assert_close(f(x), model(x))
+            change()
+        torch.testing.assert_close(f(x), model(x))
+
+
+def test_pruning_further_and_removing() -> None:
+    model, x = MLP(), randn(5, 64)
+    prune.custom_from_mask(model.a, "weight", fan_in_mask(48, 64, 6))
+    f = compiled(model)
+    with recorded():
+        assert_equals_dense(f(x), _plain(model), x)
+        model.a.weight_mask.copy_(fan_in_mask(48, 64, 6, seed=5))  # the same k
+        assert_equals_dense(f(x), _plain(model), x)
+        prune.l1_unstructured(model.a, "weight", 0.5)
+        assert_equals_dense(f(x), _plain(model), x)
+        prune.remove(model.a, "weight")
+        assert_equals_dense(f(x), _plain(model), x)
+        model.a.weight.mul_(2)
+        assert_equals_dense(f(x), _plain(model), x)
+
+
+def _plain(model: MLP) -> MLP:
+    """With the weight that the mask leaves, and no hooks."""
+    plain = MLP()
+    for name in ("a", "b"):
+        layer = getattr(model, name)
+        pruned = hasattr(layer, "weight_orig")
+        weight = layer.weight_orig * layer.weight_mask if pruned else layer.weight
+        getattr(plain, name).weight.data = weight.detach().clone()
+        getattr(plain, name).bias.data = layer.bias.detach().clone()
+    return plain
+
+
+def test_a_parametrizations_mask_changes() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", fan_in_mask(48, 64, 6))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * self.mask
+
+    model, x = MLP(), randn(5, 64)
+    parametrize.register_parametrization(model.a, "weight", Masked())
+    f = compiled(model)
+    with recorded() as compilations:
+        f(x)
+        for seed in range(3):
+            model.a.parametrizations.weight[0].mask.copy_(fan_in_mask(48, 64, 6, seed=seed))  # type: ignore[union-attr, operator]
+            torch.testing.assert_close(f(x), model(x))
+    assert len(compilations) == 1
+
+
+def test_refresh_after_a_write_that_nothing_counts() -> None:
+    model, x = MLP(), randn(5, 64)
+    f = compiled(model)
+    with recorded():
+        f(x)
+        model.a.weight.data.mul_(2.0)
+        fanin_compile.refresh()
+        assert_equals_dense(f(x), model, x)
+        model.a.weight.detach().numpy()[:] *= -1.0
+        fanin_compile.refresh()
+        assert_equals_dense(f(x), model, x)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.mul_(2.0),
+        lambda w: w.data.neg_(),  # every sign bit flips, an even number of them
+        lambda w: w.data.copy_(w.flip(1)),  # the same numbers elsewhere
+        lambda w: w.detach().numpy().__imul__(3.0),
+    ],
+    ids=("scaled", "negated", "moved", "numpy"),
+)
+def test_verify_contents_sees_every_write(write: Callable[[torch.Tensor], object]) -> None:
+    model, x = MLP(), randn(5, 64)
+    f = compiled(model, options={"verify_contents": True})
+    with recorded():
+        f(x)
+        write(model.a.weight)
+        assert_equals_dense(f(x), model, x)
+
+
+def test_what_a_pruned_layer_keeps_of_its_weight_is_the_users() -> None:
+    layer, x = nn.Linear(64, 32), randn(5, 64)
+    prune.custom_from_mask(layer, "weight", fan_in_mask(32, 64, 6))
+    f = compiled(layer)
+    with recorded():
+        f(x)
+        kept = layer.weight
+        before = kept.clone()
+        layer.weight_orig.mul_(2.0)
+        f(x)
+        assert torch.equal(kept, before)  # handed out earlier, so no longer ours to write
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+        layer.weight.mul_(3.0)
+        f(x)
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+
+
+def test_models_of_one_class_do_not_take_turns_in_one_graph() -> None:
+    models = [MLP(k=k, seed=k) for k in range(2, 6)]
+    functions = [compiled(model) for model in models]
+    x = randn(5, 64)
+    with recorded() as compilations, torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(2):
+            for f, model in zip(functions, models, strict=True):
+                assert_equals_dense(f(x), model, x)
+    assert len(compilations) == len(models)
+
+
+def test_a_graph_goes_with_its_model_and_leaves_the_recompile_limit_alone() -> None:
+    x = randn(5, 64)
+    count, alive, epochs = 0, [], dict(guards.epochs)
+    for seed in range(4):
+        model = MLP(seed=seed)
+        f = compiled(model)
+        with recorded() as compilations, torch._dynamo.config.patch(recompile_limit=2):
+            f(x)
+        count += len(compilations)
+        alive.append(weakref.ref(model.a.weight))
+        del model, f, compilations
+        gc.collect()
+    assert count == 4
+    assert [ref() for ref in alive] == [None] * 4
+    assert guards.epochs == epochs
+
+
+def test_a_deep_copy_has_weights_of_its_own() -> None:
+    model, x = MLP(), randn(5, 64)
+    f = compiled(model)
+    with recorded():
+        f(x)
+        other = copy.deepcopy(f)
+        assert isinstance(other, nn.Module)
+        other.a.weight.mul_(2.0)  # type: ignore[union-attr, operator]
+        assert_equals_dense(other(x), other._orig_mod, x)  # type: ignore[arg-type]
+        assert_equals_dense(f(x), model, x)
+
+
+WORKER = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from tests.compile_support import MLP, assert_equals_dense, compiled, randn
+model, x = MLP(seed=int(sys.argv[1])), randn(5, 64)
+with torch.no_grad():
+    assert_equals_dense(compiled(model)(x), model, x)
+"""
+
+
+def test_processes_which_share_inductors_cache_with_other_masks(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    for seed in ("0", "1"):  # one after the other: the second finds the cache of the first
+        done = subprocess.run(
+            [sys.executable, "-c", WORKER, seed], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert any(tmp_path.rglob("fxgraph/*"))
+
+
+def test_repacking_that_fails_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MLP(), randn(5, 64)
+    f = torch.compile(model, backend="fanin", options={"cost_gate": False})
+    with recorded():
+        f(x)
+
+        def broken(*args: object) -> None:
+            raise ValueError("injected")
+
+        monkeypatch.setattr("fanin_compile.backend.rewrite", broken)
+        model.a.weight.mul_(2.0)
+        with pytest.warns(
+            UserWarning, match="could not pack changed weights anew after ValueError: injected"
+        ):
+            assert_equals_dense(f(x), model, x)
+        with pytest.warns(UserWarning, match="left a graph untouched after ValueError: injected"):
+            assert_equals_dense(f(x), model, x)
+
+
+def test_repacking_that_fails_raises_if_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MLP(), randn(5, 64)
+    f = torch.compile(model, backend="fanin", options=STRICT)
+    with recorded():
+        f(x)
+
+        def broken(*args: object) -> None:
+            raise ValueError("injected")
+
+        monkeypatch.setattr("fanin_compile.backend.rewrite", broken)
+        model.a.weight.mul_(2.0)
+        with pytest.raises(fanin_compile.RewriteError, match="injected"):
+            f(x)

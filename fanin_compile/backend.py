@@ -29,7 +29,6 @@ from fanin_compile.capture import (
     capture,
     layer_name,
     relift,
-    static_position,
     static_target,
     unlift,
 )
@@ -133,7 +132,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     _record(Compilation(result))
     if not result.rewritten:
         return settings.finish(gm, example_inputs)
-    packed = _packed(captured, result.graph_module)
+    packed = _packed(captured, result)
     inference = [captured.statics[i] for i in packed if example_inputs[i].is_inference()]
     if inference:
         raise RewriteError(
@@ -146,15 +145,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, example_inputs)
 
 
-def _packed(captured: Captured, rewritten: fx.GraphModule) -> tuple[int, ...]:
-    """The positions of static inputs which a pass read the values of: some use of theirs is gone."""
-
-    def users(gm: fx.GraphModule) -> dict[int, int]:
-        nodes = gm.graph.find_nodes(op="get_attr")
-        return {i: len(n.users) for n in nodes if (i := static_position(str(n.target))) is not None}
-
-    before, after = users(captured.graph_module), users(rewritten)
-    return tuple(i for i, count in before.items() if after.get(i, 0) < count)
+def _packed(captured: Captured, result: PipelineResult) -> tuple[int, ...]:
+    """The positions of static inputs whose values a pass relied on."""
+    return tuple(i for i in captured.statics if static_target(i) in result.read)
 
 
 def _take_constant_outputs(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, Tensor]]:

@@ -27,6 +27,7 @@ log = logging.getLogger("fanin_compile")
 # node.meta keys; replace_node carries them over, so they survive every rewrite of a node
 LAYER = "fanin_layer"  # the Layer it computes
 CONDENSED = "fanin_condensed"  # the CondensedWeight of its constant weight
+_READ = "fanin_read"  # of the graph module: what Evaluators read
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class PipelineResult:
     graph_module: fx.GraphModule
     results: tuple[tuple[str, PassResult], ...]
     seconds: Mapping[str, float]
+    read: frozenset[str] = frozenset()  # get_attr targets whose values the passes relied on
 
     @property
     def rewritten(self) -> tuple[Rewrite, ...]:
@@ -110,7 +112,7 @@ def run_pipeline(gm: fx.GraphModule, passes: Sequence[Pass], ctx: Context) -> Pi
         results.append((name, result))
         log.debug("pass %s: %d rewritten, %d left", name, len(result.rewritten), len(result.skipped))
     work.recompile()
-    return PipelineResult(work, tuple(results), seconds)
+    return PipelineResult(work, tuple(results), seconds, frozenset(work.meta.pop(_READ, ())))
 
 
 def _output_signature(gm: fx.GraphModule) -> tuple[object, ...]:
@@ -383,6 +385,7 @@ class Evaluator:
     def _value(self, node: fx.Node) -> Any:
         if node not in self._values:
             if node.op == "get_attr":
+                self._gm.meta.setdefault(_READ, set()).add(str(node.target))
                 self._values[node] = attr_tensor(self._gm, str(node.target))
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)

@@ -157,7 +157,7 @@ def test_many_changes_of_values_compile_once() -> None:
     assert len(compilations) == 1
 
 
-def test_buffers_of_ablated_neurons_way_are_watched() -> None:
+def test_what_ablated_neurons_pass_through_is_watched() -> None:
     model = nn.Sequential(
         sparse_linear(64, 32, 6, ablated=8), nn.BatchNorm1d(32), nn.ReLU(), sparse_linear(32, 9, 5)
     )
@@ -365,3 +365,20 @@ def test_repacking_that_fails_raises_if_strict(monkeypatch: pytest.MonkeyPatch) 
         model.a.weight.mul_(2.0)
         with pytest.raises(fanin_compile.RewriteError, match="injected"):
             f(x)
+
+
+def test_constants_of_neurons_that_stay_are_watched() -> None:
+    class Model(MLP):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = torch.relu(self.a(x))  # seen whole, so its ablated neurons stay; b has them folded all the same
+            return self.b(h), h
+
+    model, x = Model(), randn(5, 64)
+    f = compiled(model)
+    with recorded() as compilations:
+        torch.testing.assert_close(f(x), model(x))
+        model.a.bias.add_(1.0)
+        torch.testing.assert_close(f(x), model(x))
+    assert len(compilations) == 1
+    assert compilations[0].result is not None
+    assert any("folded" in r.detail for r in compilations[0].result.rewritten)

@@ -213,6 +213,11 @@ def test_every_option_changes_the_result(option: str) -> None:
     assert plain.keys() != changed.keys() or any(not torch.equal(plain[n], changed[n]) for n in plain)
 
 
+def test_no_ablation_may_name_a_layer_that_stays_dense() -> None:
+    sparse = srigl(mlp(16, 32, 4), exclude="2", no_ablation=["2"], gamma_sal=0.5)
+    assert [layer.ablate for layer in sparse.layers] == [True]
+
+
 def test_the_same_seed_gives_the_same_bits_whatever_the_global_generator() -> None:
     states = []
     for noise in (1, 2):

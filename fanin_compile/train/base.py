@@ -42,6 +42,11 @@ class Block:
     generator: torch.Generator  # on the CPU, the same on every rank
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is; both extremes are NaN if any entry is."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 class SparseTraining(abc.ABC):
     """Trains ``model`` sparse from its first step on; call ``step()`` after each ``optimizer.step()``.
 
@@ -54,7 +59,8 @@ class SparseTraining(abc.ABC):
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
         optimizer: any torch optimizer that holds the weights; its per-element state is kept clear off the
-            mask.
+            mask. On a CPU take ``fused=True`` where there is one (Adam, AdamW, SGD, Adagrad): Adam's other forms
+            take square roots of the zeros in the state, at which MKL is ten times slower than at other numbers.
         total_steps: optimizer steps of the whole training.
         sparsity: share of zeros over all sparse layers together, 0 <= s < 1. Decimals are exact: 0.9 is 9/10.
         alpha: share of the active weights dropped at the start, decayed to 0 by a cosine at ``t_end``.
@@ -153,8 +159,7 @@ class SparseTraining(abc.ABC):
 
     @abc.abstractmethod
     def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
-        """Bool [layer.block_neurons, dense fan-in] on the CPU, with ``budget`` active weights or a few
-        less."""
+        """Bool [layer.block_neurons, dense fan-in] on the CPU, with ``budget`` active weights or a bit less."""
 
     @abc.abstractmethod
     def _next_mask(self, block: Block) -> Tensor:
@@ -195,10 +200,8 @@ class SparseTraining(abc.ABC):
     @property
     def dense_gradient_share(self) -> float:
         """Share of optimizer steps, at this stage of the training, whose weight gradient has to be dense."""
-        if (
-            not (self.changes_topology and self.needs_gradient)
-            or self.schedule.next_update(self.steps) is None
-        ):
+        final = self.schedule.next_update(self.steps) is None
+        if final or not (self.changes_topology and self.needs_gradient):
             return 0.0
         return min(1.0, self.grad_steps / self.schedule.delta_t)
 
@@ -209,9 +212,9 @@ class SparseTraining(abc.ABC):
         grad, multiplier = local(param.grad), layer.multiplier()
         if self._collecting:
             # Autograd adds up active entries over micro-batches; inactive ones were masked and add up here.
-            earlier = layer.gradient
+            before = layer.gradient
             layer.gradient = (
-                grad.clone() if earlier is None else torch.where(multiplier > 0, grad, earlier + grad)
+                grad.clone() if before is None else torch.where(multiplier > 0, grad, before + grad)
             )
         grad.mul_(multiplier)
 
@@ -222,9 +225,7 @@ class SparseTraining(abc.ABC):
         An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step.
         """
         if self._finished:
-            raise FaninError(
-                "step() after finalize(): its hooks are gone, so that gradients are no longer masked"
-            )
+            raise FaninError("step() after finalize(): the hooks that masked gradients are gone")
         self.steps += 1
         if self._masks_weights:
             for layer in self.layers:
@@ -236,18 +237,16 @@ class SparseTraining(abc.ABC):
         elif self._collecting:
             for layer in self.layers:
                 if layer.gradient is not None:
-                    layer.earlier = (
-                        layer.gradient if layer.earlier is None else layer.earlier + layer.gradient
-                    )
-                    layer.gradient = None
+                    past, layer.gradient = layer.gradient, None
+                    layer.earlier = past if layer.earlier is None else layer.earlier + past
         self._collecting = self._collects()
         return updated
 
     # An update.
 
     def _update(self) -> bool:
-        parts = [layer.gradient if layer.gradient is not None else layer.earlier for layer in self.layers]
-        if not on_all_ranks(all(bool(part.isfinite().all()) for part in parts if part is not None)):
+        parts = [part for layer in self.layers for part in (layer.gradient, layer.earlier)]
+        if not on_all_ranks(all(is_finite(part) for part in parts if part is not None)):
             for layer in self.layers:
                 layer.gradient = layer.earlier = None
             return False
@@ -260,7 +259,7 @@ class SparseTraining(abc.ABC):
         self._check_zeros(layer)
         gradient = self._dense_gradient(layer)
         layer.gradient = layer.earlier = None
-        if self.needs_gradient and not gradient.any():
+        if self.needs_gradient and not torch.count_nonzero(gradient):
             return  # unused since the last update: nothing to rank by
         mask, weight = layer.rows(layer.mask), layer.weight_rows()
         per_block = (x.chunk(layer.blocks) for x in (weight, gradient, mask))
@@ -272,12 +271,11 @@ class SparseTraining(abc.ABC):
         self._apply_mask(layer)
 
     def _dense_gradient(self, layer: SparseLayer) -> Tensor:
-        """[neurons, dense fan-in], of all ranks and all steps of the window; zeros where no backward came
-        by."""
+        """[neurons, dense fan-in] of all ranks and steps of the window; 0 where no backward came by."""
         if not self.needs_gradient:
             return layer.weight_rows().new_empty(0).expand(layer.blocks, 0)
         parts = [part for part in (layer.gradient, layer.earlier) if part is not None]
-        total = sum(parts, start=torch.zeros_like(local(layer.param)))
+        total = sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(local(layer.param))
         return layer.rows(mean_gradient(total, layer.param))
 
     def _apply_mask(self, layer: SparseLayer) -> None:

@@ -19,12 +19,13 @@ Allocation = Literal["erk", "uniform"]
 
 @dataclass(frozen=True)
 class Plan:
-    """``sparse``: layers with their budgets set. ``dense``: name -> why it stays dense. ``last``: the name of
-    the last layer of the model that could be sparse, which is usually its output."""
+    """``sparse``: layers with their budgets set. ``dense``: name -> why it stays dense. ``found``: both, all
+    that could be sparse. ``last``: the name of the last of them, which is usually the model's output."""
 
     sparse: tuple[SparseLayer, ...]
     dense: dict[str, str]
-    last: str | None
+    last: str
+    found: tuple[SparseLayer, ...]
 
 
 def _first_match(patterns: tuple[Pattern, ...], layer: SparseLayer, used: set[Pattern]) -> Pattern | None:
@@ -100,4 +101,4 @@ def make_plan(
     if not sparse:
         reasons = ", ".join(f"{name}: {reason}" for name, reason in dense.items()) or "the model has none"
         raise OptionError(f"no layer is left to make sparse; expected at least one ({reasons})")
-    return Plan(tuple(sparse), dense, layers[-1].name)
+    return Plan(tuple(sparse), dense, layers[-1].name, tuple(layers))

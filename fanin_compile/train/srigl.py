@@ -58,7 +58,7 @@ class SRigL(SparseTraining):
         super().__init__(model, optimizer, **options)
 
     def _check_layers(self) -> None:
-        spared = choose(list(self.layers), "no_ablation", self._no_ablation)
+        spared = choose(list(self.plan.found), "no_ablation", self._no_ablation)
         for layer in self.layers:
             layer.ablate = self._ablation and layer.name not in spared
             if layer.name == self.plan.last:

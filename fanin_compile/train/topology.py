@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 14  # entries looked at to guess a bound
-_SMALL = 1 << 16  # below this, one exact selection is cheaper than guessing
+_SMALL = 1 << 19  # below this, one exact selection is cheaper than guessing
+_FEW_ROWS = 1 << 16  # below this many entries, ranking whole rows is cheaper than ranking chunks first
 
 
 def _above_sampled_bound(flat: Tensor, count: int) -> Tensor | None:
@@ -56,18 +57,21 @@ def largest_per_row(score: Tensor, count: Tensor) -> Tensor:
     the maxima of disjoint chunks of it, so that only entries which do are ranked: few more than are wanted.
     """
     n, f = score.shape
-    widest = int(count.max()) if n else 0
-    if widest <= 0:
-        return torch.empty(0, dtype=torch.int64, device=score.device)
+    wanting = count.nonzero().flatten()
+    if len(wanting) < n:  # the rows of ablated neurons want nothing
+        if not len(wanting):
+            return wanting
+        found = largest_per_row(score[wanting], count[wanting])
+        return wanting[found // f] * f + found % f
+    widest = int(count.max())
     chunk = min(8, f // (4 * widest))
-    if chunk < 4 or score.numel() < _SMALL:
+    if chunk < 4 or score.numel() < _FEW_ROWS:
         order = torch.topk(score, widest, dim=1).indices
         wanted = torch.arange(widest, device=score.device) < count[:, None]
         return (order + torch.arange(n, device=score.device)[:, None] * f)[wanted]
     chunks = f // chunk
     maxima = score[:, : chunks * chunk].view(n, chunk, chunks).amax(dim=1)
-    bound = torch.topk(maxima, widest, dim=1).values.gather(1, (count[:, None] - 1).clamp(min=0))
-    bound.masked_fill_(count[:, None] == 0, torch.inf)
+    bound = torch.topk(maxima, widest, dim=1).values.gather(1, count[:, None] - 1)
     candidates = (score >= bound).flatten().nonzero().flatten()
     row = candidates // f
     found = torch.bincount(row, minlength=n)

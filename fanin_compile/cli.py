@@ -92,6 +92,36 @@ def mlp(
     _bench_linear(True, batches, sparsities, threads, seconds, quick, json_file, plot_file)
 
 
+@bench_app.command()
+def model(
+    name: Annotated[
+        str, typer.Argument(help="bert, vit, gpt2-decode, resnet50, ...; an unknown name lists them")
+    ],
+    batches: Batches = "1,8",
+    sparsity: Annotated[float, typer.Option(min=0.0, max=0.999, help="share of weights left out")] = 0.9,
+    ablate: Annotated[float, typer.Option(min=0.0, max=0.99, help="share of hidden neurons ablated")] = 0.0,
+    threads: Threads = "1",
+    seconds: Seconds = 5.0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """A whole transformer or CNN from a transformers configuration, against dense torch."""
+    from fanin_compile.bench.whole import bench_model
+
+    result = bench_model(
+        name,
+        batches=_numbers(int, batches, "--batches"),
+        sparsity=sparsity,
+        ablate=ablate,
+        threads=_numbers(int, threads, "--threads"),
+        seconds=seconds,
+        quick=quick,
+    )
+    print(result)
+    result.save(json_file, plot_file)
+
+
 def _bench_linear(
     stack: bool,
     batches: str,

@@ -32,6 +32,20 @@ class ModelCase:
         return value
 
 
+class OneInput(nn.Module):
+    """A case as a function of its first input alone, returning the tensor to compare."""
+
+    def __init__(self, case: ModelCase) -> None:
+        super().__init__()
+        self.model = case.model
+        self._case = case
+        self._key, *others = case.inputs
+        self._others = {key: case.inputs[key] for key in others}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._case.tensor(self.model(**{self._key: x}, **self._others))
+
+
 Maker = Callable[[Any, bool, int], ModelCase]  # (transformers, small, batch)
 MAKERS: dict[str, Maker] = {}
 
@@ -153,6 +167,10 @@ class OneTokenDecode(nn.Module):
         super().__init__()
         self.model = model
         self._past, self._cache_class = past, cache_class
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._past = [(fn(keys), fn(values)) for keys, values in self._past]
+        return super()._apply(fn, recurse)
 
     def forward(self, input_ids: Tensor) -> Any:
         cache = self._cache_class()

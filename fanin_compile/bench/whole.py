@@ -1,0 +1,71 @@
+"""`fanin bench model`: whole transformers and CNNs, every maskable layer at constant fan-in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.progress import track
+from torch import Tensor
+
+from fanin_compile.bench.contenders import DENSE, QUICK
+from fanin_compile.bench.measure import Row, run_case
+from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in
+from fanin_compile.bench.output import BenchResult
+from fanin_compile.bench.roofline import host
+from fanin_compile.report import explain
+
+# least ratios aimed at, at 90 % sparsity, by batch
+TARGETS = {
+    "vit": {1: 4.0, 8: 4.0, 16: 4.0},
+    "bert": {1: 4.0, 8: 4.0, 16: 4.0},
+    "gpt2-decode": {1: 2.0},
+    "gpt2-decode-blocks": {1: 4.0, 8: 5.0, 16: 5.0},
+    "mlp": {1: 4.0, 8: 7.0, 16: 7.0},
+    "resnet50": {1: 4.0, 8: 4.0},
+    "mobilenet_v2": {1: 2.0, 8: 2.0},
+}
+
+
+def bench_model(
+    name: str,
+    *,
+    batches: Sequence[int],
+    sparsity: float,
+    ablate: float,
+    threads: Sequence[int],
+    seconds: float,
+    quick: bool = False,
+) -> BenchResult:
+    """One model at several batch sizes and thread counts against dense torch.
+
+    Args:
+        ablate: share of the feed-forward layers' hidden neurons to ablate, at equal non-zeros.
+        quick: the small form of the model, one batch size, few contenders.
+    """
+    if quick:
+        batches, seconds = batches[:1], min(seconds, 0.05)
+    rows: list[Row] = []
+    for count in threads:
+        for batch in track(batches, f"{name}, {count} thread{'s' * (count > 1)}", transient=True):
+            case = make_model(name, small=quick, batch=batch)
+            mask_constant_fan_in(case.model, sparsity, ablate=ablate)
+            model = OneInput(case).eval()
+            x = next(iter(case.inputs.values()))
+            row = run_case(
+                model,
+                x,
+                name=name if not ablate else f"{name}, {ablate:.0%} ablated",
+                sparsity=sparsity,
+                threads_used=count,
+                contenders=QUICK if quick else ("fanin", "condensed module", *DENSE),
+                seconds=seconds,
+                nnz_macs=_useful_macs(model, x),
+                target=None if quick or sparsity != 0.9 else TARGETS.get(name, {}).get(batch),
+            )
+            rows.append(row)
+    return BenchResult(f"whole model {name}", host(), tuple(rows), None)
+
+
+def _useful_macs(model: OneInput, x: Tensor) -> int:
+    """Multiply-adds of all layers with a weight after rewriting, as the report counts them; attention is not in it."""
+    return explain(model, x, options={"cost_gate": False}).totals()["macs_after"] or 0

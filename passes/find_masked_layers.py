@@ -167,16 +167,24 @@ def _mask(weight: fx.Node, ctx: Context, evaluate: Evaluator) -> Tensor | None:
     if weight.target is aten.masked_fill.Scalar and weight.args[2] == 0:
         hidden = evaluate(weight.args[1])
         return None if hidden is None else ~hidden
-    if weight.target is aten.where.self:
-        condition, chosen, other = (evaluate(arg) for arg in weight.args)
+    if weight.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        condition = evaluate(weight.args[0])
         if condition is None:
             return None
-        if other is not None and bool((other == 0).all()):
+        if _is_zero(weight.args[2], evaluate):
             return condition
-        return ~condition if chosen is not None and bool((chosen == 0).all()) else None
+        return ~condition if _is_zero(weight.args[1], evaluate) else None
     if weight.all_input_nodes and weight.target in PASSING:
         return _mask(weight.all_input_nodes[0], ctx, evaluate)
     return None
+
+
+def _is_zero(value: object, evaluate: Evaluator) -> bool:
+    """Whether a number, or the tensor of a constant node, is 0 throughout."""
+    if isinstance(value, fx.Node):
+        tensor = evaluate(value)
+        return tensor is not None and bool((tensor == 0).all())
+    return value == 0
 
 
 def _factor_mask(factor: fx.Node, ctx: Context, evaluate: Evaluator) -> Tensor | None:

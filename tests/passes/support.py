@@ -1,0 +1,79 @@
+"""Graphs in the passes' dialect, and passes run on them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from fanin_compile.export import _drop_asserts
+from fanin_compile.graph import Context, Pass, PassResult, tensor_meta
+from fanin_compile.passes import PIPELINE
+from fanin_compile.passes.find_masked_layers import find_masked_layers
+
+
+def graph_of(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    """`model` in eval mode as pre-dispatch ATen, its parameters behind get_attr nodes."""
+    with torch.no_grad():
+        gm = torch.export.export(model.eval(), inputs, strict=False).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    _drop_asserts(gm)
+    return gm
+
+
+def context(gm: fx.GraphModule, **kwargs: object) -> Context:
+    """Every layer gains; names are those of the modules."""
+    names = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        names[str(node.target)] = path if name == "weight" else str(node.target)
+    return Context(**{"gate": lambda layer: None, "names": names} | kwargs)  # type: ignore[arg-type]
+
+
+def run(
+    gm: fx.GraphModule, *passes: Pass, ctx: Context | None = None, inputs: tuple[Tensor, ...]
+) -> PassResult:
+    """Find the masked layers, run `passes`, and return the result of the last.
+
+    After each the graph is valid, every value is described, and computes what it did before.
+    """
+    ctx = ctx or context(gm)
+    with torch.no_grad():
+        expected = gm(*inputs)
+        result = PassResult()
+        for run_pass in (find_masked_layers, *passes):
+            result = run_pass(gm, ctx)
+            gm.graph.eliminate_dead_code()
+            gm.graph.lint()
+            gm.recompile()
+            actual = gm(*inputs)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+            for node in gm.graph.nodes:
+                if node.op == "call_function":
+                    assert "val" in node.meta, (
+                        f"{run_pass.__name__} left {node} without its value's description"
+                    )
+                    assert tensor_meta(node) is None or node.meta["val"].dtype.is_floating_point
+        for node, value in zip(_outputs(gm), _leaves(actual), strict=True):
+            meta = tensor_meta(node)
+            assert meta is not None
+            assert tuple(meta.shape) == tuple(value.shape)
+    return result
+
+
+def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    (output,) = gm.graph.find_nodes(op="output")
+    return [node for node in torch.utils._pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
+
+
+def _leaves(value: object) -> list[Tensor]:
+    return list(torch.utils._pytree.tree_leaves(value))
+
+
+def calls(gm: fx.GraphModule, target: Callable[..., object]) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=target))
+
+
+def position(run_pass: Pass) -> int:
+    return PIPELINE.index(run_pass)

@@ -170,7 +170,8 @@ class OneTokenDecode(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._past = [(fn(keys), fn(values)) for keys, values in self._past]
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, input_ids: Tensor) -> Any:
         cache = self._cache_class()

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from fanin_compile.graph import CONDENSED
+from fanin_compile.passes.fold_constant_channels import fold_constant_channels
+from tests.compile_support import randn, sparse_linear
+from tests.passes.support import calls, graph_of, run
+
+aten = torch.ops.aten
+
+
+def _columns(gm: torch.fx.GraphModule, index: int) -> Tensor:
+    """bool [in]: which inputs the index-th linear reads."""
+    mask: Tensor = calls(gm, aten.linear.default)[index].meta[CONDENSED].mask()
+    return mask.any(0)
+
+
+def test_inputs_from_ablated_neurons_go_into_the_bias() -> None:
+    model = nn.Sequential(sparse_linear(64, 32, 6, ablated=4), nn.GELU(), sparse_linear(32, 16, 20))
+    x = randn(5, 64)
+    gm = graph_of(model, x)
+    result = run(gm, fold_constant_channels, inputs=(x,))
+    assert [(r.layer, r.detail) for r in result.rewritten] == [("2", "4 constant inputs folded")]
+    assert _columns(gm, 1).tolist() == [True] * 28 + [False] * 4
+    assert tuple(calls(gm, aten.linear.default)[1].meta["val"].shape) == (5, 16)
+
+
+def test_neurons_left_without_inputs_fold_in_their_turn() -> None:
+    second = sparse_linear(32, 16, 3)
+    with torch.no_grad():
+        second.weight[0] = 0
+        second.weight[0, 29:] = 1.0  # reads ablated neurons alone
+    model = nn.Sequential(
+        sparse_linear(64, 32, 6, ablated=4), nn.ReLU(), second, nn.Tanh(), sparse_linear(16, 8, 12)
+    )
+    x = randn(5, 64)
+    gm = graph_of(model, x)
+    run(gm, fold_constant_channels, inputs=(x,))
+    assert calls(gm, aten.linear.default)[1].meta[CONDENSED].n_ablated == 1
+    assert not _columns(gm, 2)[0]
+
+
+def test_a_zero_inside_the_mask_is_no_ablation() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 32), sparse_linear(32, 16, 20)
+            mask = torch.zeros(32, 64, dtype=torch.bool)
+            mask[:, :3] = True
+            prune.custom_from_mask(self.a, "weight", mask)
+            with torch.no_grad():
+                self.a.weight_orig[0, 0], self.a.weight_orig[0, 1], self.a.weight_orig[0, 2] = 1.0, -1.0, 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.relu(self.a(x)))
+            return y
+
+    x = randn(5, 64)
+    gm = graph_of(Masked(), x)
+    assert run(gm, fold_constant_channels, inputs=(x,)).rewritten == ()
+
+
+def test_layer_norm_ends_the_trail() -> None:
+    model = nn.Sequential(sparse_linear(64, 32, 6, ablated=4), nn.LayerNorm(32), sparse_linear(32, 16, 20))
+    x = randn(5, 64)
+    assert run(graph_of(model, x), fold_constant_channels, inputs=(x,)).rewritten == ()
+
+
+def _convs(padding: int, *, bias: bool) -> nn.Sequential:
+    first, second = nn.Conv2d(3, 8, 3, bias=bias), nn.Conv2d(8, 4, 3, padding=padding)
+    for conv in (first, second):
+        prune.random_unstructured(conv, "weight", 0.5)
+        prune.remove(conv, "weight")
+    with torch.no_grad():
+        first.weight[2] = 0
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+def test_a_padded_convolution_folds_only_zeros() -> None:
+    torch.manual_seed(0)
+    x = randn(2, 3, 8, 8)
+    for padding, bias, folded in ((0, True, 1), (1, False, 1), (1, True, 0)):
+        model = _convs(padding, bias=bias)
+        if bias:
+            with torch.no_grad():
+                model[0].bias[2] = 1.0  # type: ignore[operator, index]
+        result = run(graph_of(model, x), fold_constant_channels, inputs=(x,))
+        assert len(result.rewritten) == folded, (padding, bias)
+        reasons = [s.reason for s in result.skipped]
+        assert reasons == ([] if folded else ["constant inputs stay: padding makes the border differ"])

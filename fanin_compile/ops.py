@@ -64,6 +64,7 @@ _library.define(
 _library.define(
     "gather_matmul_with_grad" + _ARGUMENTS
 )  # called by the C++ autograd key when a gradient is wanted
+_library.define("gather_matmul_variant" + _ARGUMENTS.replace(") ->", ', str variant="") ->'))
 _library.define(
     "gather_matmul_plan(Tensor indices, Tensor? row_ptr, int in_features) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -116,7 +117,7 @@ def reference_gather_matmul(
     Args: see gather_matmul; plan is not used.
     """
     if out_features is None:
-        out_features = _default_out_features(indices, row_ptr, rows)
+        out_features = default_out_features(indices, row_ptr, rows)
     wide = functools.reduce(torch.promote_types, (x.dtype, values.dtype, torch.float32))
     z = _sums(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(wide), values.to(wide), indices, row_ptr)
     if rows is not None:
@@ -129,7 +130,8 @@ def reference_gather_matmul(
     return ACTIVATIONS[activation].forward(z).to(x.dtype)
 
 
-def _default_out_features(indices: Tensor, row_ptr: Tensor | None, rows: Tensor | None) -> int:
+def default_out_features(indices: Tensor, row_ptr: Tensor | None, rows: Tensor | None) -> int:
+    """Outputs of a layer without ablated neurons."""
     if rows is not None:
         raise TypeError("gather_matmul: out_features is needed when rows is given")
     return indices.shape[0] if row_ptr is None else len(row_ptr) - 1
@@ -167,7 +169,7 @@ def gather_matmul(
     Returns: [..., out_features] in x's dtype; sums are kept in fp32.
     """
     if out_features is None:
-        out_features = _default_out_features(indices, row_ptr, rows)
+        out_features = default_out_features(indices, row_ptr, rows)
     y: Tensor = torch.ops.fanin.gather_matmul(
         x, values, indices, row_ptr, rows, bias, plan, out_features, activation, residual
     )
@@ -200,6 +202,11 @@ def native_available() -> bool:
         log.warning("no native kernels, running the plain-torch reference: %s", error)
         return False
     return True
+
+
+def require_native() -> None:
+    """As native_available, but BuildError where the kernels cannot be built or loaded."""
+    build.load()
 
 
 def _until_native(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fanin_compile import ops
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.kernels.variants import VARIANTS, Variant, run_variant
 
 from .helpers import assert_close_fp64
 from .strategies import masked_weights
@@ -73,7 +74,7 @@ def poison() -> None:
         torch.full((size,), math.nan)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data(), weight=masked_weights(kernels=((),)))
 def test_any_masked_weight(data: st.DataObject, weight: Any) -> None:
     w = CondensedWeight.from_dense(weight.weight, weight.mask)
@@ -179,3 +180,70 @@ def test_columns_out_of_range_or_order_have_no_plan() -> None:
     for columns, width in (([[0, 600]], 600), ([[500, 3]], 600)):
         with pytest.raises(ValueError, match="in_features = 600"):
             ops.gather_matmul_plan(torch.tensor(columns, dtype=torch.int32), None, width)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_is_right_at_every_batch(variant: Variant, ragged: bool) -> None:
+    weight = random_condensed(100, 300, 30, ragged=ragged)
+    plan = ops.gather_matmul_plan(weight.indices, weight.row_ptr, 300)
+    dense = weight.to_dense().double()
+    for batch in BATCHES:
+        x = torch.randn(batch, 300)
+        poison()
+        y = run_variant(
+            variant.name, x, weight.values, weight.indices, weight.row_ptr, weight.rows, None, plan, 100
+        )
+        x64 = x.double()
+        assert_close_fp64(y, x64 @ dense.t(), x64.abs() @ dense.abs().t(), k=int(weight.row_fan_in().max()))
+
+
+def test_an_unknown_variant_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'lanes9'"):
+        run_variant("lanes9", torch.randn(2, 3), torch.randn(1, 1), torch.zeros(1, 1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("activation", "ulps"), [("sigmoid", 4), ("tanh", 4), ("silu", 4)])
+def test_activations_are_accurate_to_a_few_ulp(activation: str, ulps: int) -> None:
+    x = torch.cat(
+        [torch.linspace(-20, 20, 100001), torch.logspace(-30, 1, 10000), -torch.logspace(-30, 1, 10000)]
+    )
+    y = activated(x, activation)
+    expected = exact(x, activation)
+    spacing = (
+        torch.nextafter(expected.float().abs(), torch.tensor(math.inf)).double()
+        - expected.float().abs().double()
+    )
+    error = (y.double() - expected).abs() / spacing.clamp_min(torch.finfo(torch.float32).tiny)
+    assert error.max() <= ulps, f"{float(error.max()):.1f} ulp at x = {float(x[error.argmax()])}"
+
+
+# Far below 0 the result is what is left of 1 + erf, or depends on a rounded exponent: relative to 1, as in torch.
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_is_accurate_relative_to_its_argument(activation: str) -> None:
+    x = torch.cat([torch.linspace(-20, 20, 100001), torch.logspace(-30, 1, 10000)])
+    error = (activated(x, activation).double() - exact(x, activation)).abs() / x.double().abs().clamp_min(
+        1e-37
+    )
+    assert error.max() <= 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activations_of_extreme_arguments(activation: str) -> None:
+    x = torch.tensor([0.0, -0.0, 1e38, -1e38, 1e-40, math.inf, -math.inf, math.nan] * 2)
+    y, expected = activated(x, activation), ops.ACTIVATIONS[activation].forward(x)
+    # x * sigmoid(x) at -inf is NaN by the formula, 0 by the limit: torch's own kernels give either
+    finite = ~(x.isneginf() & (activation in ("gelu", "gelu_tanh", "silu", "hardswish")))
+    torch.testing.assert_close(y[finite], expected[finite], equal_nan=True, rtol=1e-6, atol=1e-37)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """activation(x) as the kernel's epilogue computes it: a layer of one input and weight 1."""
+    one = torch.ones(1, 1)
+    return ops.gather_matmul(x[:, None], one, torch.zeros(1, 1, dtype=torch.uint8), activation=activation)[
+        :, 0
+    ]
+
+
+def exact(x: Tensor, activation: str) -> Tensor:
+    return ops.ACTIVATIONS[activation].forward(x.double())

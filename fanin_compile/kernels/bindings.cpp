@@ -87,6 +87,28 @@ Tensor plan_cpu(const Tensor& indices, const OptTensor& row_ptr, int64_t in) {
   return plan;
 }
 
+struct Variant {
+  std::string_view name;
+  int64_t vectors, batch;
+};
+
+// The default for `batch` rows, or the variant of that name.
+const Variant& variant_for(int64_t batch, std::string_view name) {
+  static const int64_t L = fanin::vector_lanes();
+  static const Variant variants[] = {
+#define FANIN_VARIANT(name, vectors, batch, why) {#name, vectors, batch},
+#include "variants.inc"
+#undef FANIN_VARIANT
+  };
+  const Variant* best = variants;
+  for (const Variant& variant : variants) {
+    if (variant.name == name) return variant;
+    if (variant.batch <= batch) best = &variant;
+  }
+  TORCH_CHECK_VALUE(name.empty(), "fanin: unknown kernel variant '", name, "'");
+  return *best;
+}
+
 // x as [batch, in] with unit column stride; a copy only where no such view exists
 Tensor as_matrix(const Tensor& x) {
   if (x.dim() == 2 ? x.stride(1) == 1 || x.size(1) <= 1 : x.is_contiguous()) return x;
@@ -120,8 +142,9 @@ void run_dot(const fanin::Linear& op, int64_t work) {
   }
 }
 
-void run_lanes(const fanin::Linear& op, int64_t work) {
-  const int64_t width = fanin::max_lanes(), tiles = (op.batch + width - 1) / width;
+void run_lanes(const fanin::Linear& op, int64_t vectors, int64_t work) {
+  const int64_t width = std::min(vectors, fanin::max_vectors()) * fanin::vector_lanes();
+  const int64_t tiles = (op.batch + width - 1) / width;
   const int64_t blocks = fanin::Plan::blocks(op.n);
   const int64_t tallest = std::max<int64_t>(1, (op.n + blocks - 1) / blocks), most = fanin::kTileRows / tallest;
   const int64_t threads = work < kWorthThreads ? 1 : at::get_num_threads();
@@ -134,9 +157,9 @@ void run_lanes(const fanin::Linear& op, int64_t work) {
   });
 }
 
-Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& indices, const OptTensor& row_ptr,
-                         const OptTensor& rows, const OptTensor& bias, const OptTensor& plan, int64_t out_features,
-                         std::string_view activation, const OptTensor& residual) {
+Tensor gather_matmul_variant(const Tensor& x, const Tensor& values, const Tensor& indices, const OptTensor& row_ptr,
+                             const OptTensor& rows, const OptTensor& bias, const OptTensor& plan, int64_t out_features,
+                             std::string_view activation, const OptTensor& residual, std::string_view name) {
   const auto x_type = dtype_of(x), value_type = dtype_of(values);
   const auto bias_type = bias ? dtype_of(*bias) : fanin::DType::f32;
   if (!x_type || !value_type || !bias_type) {
@@ -172,7 +195,8 @@ Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& in
   op.y = y.mutable_data_ptr(), op.act = act_of(activation);
 
   const int64_t work = op.batch * shape.nnz;
-  if (op.batch == 1) {
+  const Variant& variant = variant_for(op.batch, name);
+  if (variant.vectors == 0) {
     run_dot(op, work);
     return y;
   }
@@ -182,8 +206,14 @@ Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& in
     built = plan_cpu(c, row_ptr, op.in);
     op.plan = built.const_data_ptr<int32_t>();
   }
-  run_lanes(op, work);
+  run_lanes(op, variant.vectors, work);
   return y;
+}
+
+Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& indices, const OptTensor& row_ptr,
+                         const OptTensor& rows, const OptTensor& bias, const OptTensor& plan, int64_t out_features,
+                         std::string_view activation, const OptTensor& residual) {
+  return gather_matmul_variant(x, values, indices, row_ptr, rows, bias, plan, out_features, activation, residual, {});
 }
 
 // Below autograd unless a gradient is asked for; then ops.py's autograd function takes over.
@@ -205,6 +235,7 @@ Tensor gather_matmul_autograd(c10::DispatchKeySet keys, const Tensor& x, const T
 
 TORCH_LIBRARY_IMPL(fanin, CPU, m) {
   m.impl("gather_matmul", gather_matmul_cpu);
+  m.impl("gather_matmul_variant", gather_matmul_variant);
   m.impl("gather_matmul_plan", plan_cpu);
 }
 

@@ -129,7 +129,7 @@ def _key(files: list[Path]) -> str:
 
 def library_path() -> Path:
     """Path of the built library, building it if the cache has none. BuildError says what is missing."""
-    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    files = sorted(file for file in SOURCES.iterdir() if file.suffix in (".cpp", ".h", ".inc"))
     folder = cache_dir()
     target = folder / f"fanin_{_key(files)}.so"
     if target.exists():

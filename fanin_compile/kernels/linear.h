@@ -79,13 +79,15 @@ bool build_plan(int32_t* plan, const void* indices, IType type, const int32_t* r
 // Whether plan was built for this very structure size by this version.
 bool plan_fits(const int32_t* plan, int64_t n, int64_t in, int64_t nnz);
 
-// A tile is up to max_lanes() consecutive batch rows, computed together over up to kTileRows condensed rows.
-int64_t max_lanes();
+// A tile is up to max_vectors() vectors of vector_lanes() consecutive batch rows, computed together over up to kTileRows
+// condensed rows.
+int64_t vector_lanes();
+int64_t max_vectors();
 inline constexpr int64_t kTileRows = 768;
 
 // Batch row b, condensed rows [first, last); xf is x's row b in fp32.
 void linear_dot(const Linear& op, int64_t b, const float* xf, int64_t first, int64_t last);
-// Batch rows [lane, lane + lanes), the condensed rows of blocks [first, last) of the plan, at most kTileRows.
+// Batch rows [lane, lane + lanes), at most one tile, the condensed rows of blocks [first, last) of the plan, at most kTileRows.
 void linear_lanes(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last);
 
 // Epilogues: add bias and residual, activate, convert and store.

@@ -9,7 +9,7 @@
 namespace fanin {
 namespace {
 
-constexpr int kMaxVectors = kLanes >= 16 ? 2 : 4;             // of one tile: 32 lanes with 8 sums fill 16 registers
+constexpr int kMaxVectors = kLanes >= 16 ? 2 : 4;             // 32 lanes with 8 sums fill 16 registers
 constexpr int64_t kWidest = Plan::width(Plan::kLevels - 1);
 
 template <class X>
@@ -168,7 +168,8 @@ void tile(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t 
 
 }  // namespace
 
-int64_t max_lanes() { return kMaxVectors * kLanes; }
+int64_t vector_lanes() { return kLanes; }
+int64_t max_vectors() { return kMaxVectors; }
 
 void linear_lanes(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last) {
   const int64_t vectors = (lanes + kLanes - 1) / kLanes;

@@ -1,0 +1,94 @@
+"""Benchmarks run, compare outputs and write what they found; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from fanin_compile.bench.cases import LinearCase, build
+from fanin_compile.bench.linear import bench_linear, target
+from fanin_compile.bench.measure import DisagreementError, geometric_mean, nnz_of, run_case
+from fanin_compile.bench.models import make_model
+from fanin_compile.bench.roofline import roofline
+from fanin_compile.cli import app
+from fanin_compile.errors import OptionError
+
+pytestmark = pytest.mark.usefixtures("dynamo")
+
+
+@pytest.mark.parametrize("command", ["linear", "mlp"])
+def test_quick_run_prints_a_table_and_writes_json_and_a_picture(command: str, tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    result = CliRunner().invoke(app, ["bench", command, "--quick", "--batches", "1,3", *files])
+    assert result.exit_code == 0, result.output
+    assert "x best dense" in result.output
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    assert all(row["ratio"] > 0 and row["dense"] == "eager" for row in rows)
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_run_of_a_whole_model() -> None:
+    result = CliRunner().invoke(app, ["bench", "model", "mlp", "--quick", "--ablate", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert "mlp, 50% ablated" in result.output
+
+
+def test_bad_numbers_and_unknown_models_are_refused() -> None:
+    result = CliRunner().invoke(app, ["bench", "linear", "--batches", "one"])
+    assert result.exit_code == 2
+    assert "--batches is 'one'" in result.output
+    with pytest.raises(OptionError, match="unknown model 'vgg', expected one of bert"):
+        make_model("vgg")
+
+
+def test_all_contenders_agree_on_a_small_layer() -> None:
+    bench = bench_linear(
+        stack=False, batches=[3], sparsities=[0.9], threads=[1], seconds=0.01, layers=[(48, 64)]
+    )
+    (row,) = bench.rows
+    assert {"fanin", "condensed module", "eager", "inductor", "csr", "gather by tensor ops"} <= set(row.times)
+    assert row.nnz_macs == 3 * 48 * 6
+    assert bench.roofline is not None
+    assert "of peak" in str(bench)
+
+
+def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fanin_compile.bench import contenders
+
+    def wrong(model: nn.Module, x: torch.Tensor) -> object:
+        return lambda: model(x) * 1.001
+
+    monkeypatch.setitem(contenders.CONTENDERS, "eager", wrong)
+    model, x = build(LinearCase(16, 32, 0.9, 4, 1))
+    with pytest.raises(DisagreementError, match="eager is off by"):
+        run_case(
+            model,
+            x,
+            name="",
+            sparsity=0.9,
+            threads_used=1,
+            contenders=["eager"],
+            seconds=0.0,
+            nnz_macs=nnz_of(model),
+        )
+
+
+def test_targets_and_means() -> None:
+    assert target(0.9, 256) == 6.5
+    assert target(0.8, 256) == 3.25
+    assert target(0.7, 64) == 1.0
+    assert target(0.5, 64) is None
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_roofline_is_plausible() -> None:
+    limits = roofline()
+    assert 0.1 < limits.macs_per_ns < 1000
+    assert limits.stream(1) == limits.read[min(limits.read)]
+    assert limits.stream(1 << 40) == limits.read[max(limits.read)]

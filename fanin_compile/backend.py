@@ -213,7 +213,9 @@ class _FreshGraph:
         self._captured, self._rewritten, self._settings = captured, rewritten, settings
         self._packed = packed
         self._hand_out(constants)
-        self._watch = Watch(packed, example_inputs, contents=settings.verify_contents)
+        self._watch = Watch(
+            packed, example_inputs, witnesses=_witnesses(captured, packed), contents=settings.verify_contents
+        )
         self._lock = threading.Lock()
         self._frozen = bool(inductor_config.freezing)  # then inductor has baked the buffers in
         self._epoch = guards.open_epoch()
@@ -267,6 +269,17 @@ class _FreshGraph:
         log.info("graph %d: %s, compiling anew", self._epoch, why)
         guards.raise_epoch(self._epoch)
         return False
+
+
+def _witnesses(captured: Captured, packed: Sequence[int]) -> list[Tensor]:
+    """The batch counters of norms whose running statistics are packed: updating those does not raise their version."""
+    counters: dict[int, Tensor] = {}
+    for owner in (captured.owners.get(i) for i in packed):
+        if owner is not None and owner.name in ("running_mean", "running_var"):
+            counter = getattr(owner.module(), "num_batches_tracked", None)
+            if isinstance(counter, Tensor):
+                counters[id(counter)] = counter
+    return list(counters.values())
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:

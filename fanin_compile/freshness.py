@@ -35,17 +35,26 @@ class Watch:
         positions: which call arguments the packed weights are made of.
         args: the arguments at packing time; the packed ones are held, as torch.utils.swap_tensors refuses tensors
             with weak references.
+        witnesses: tensors which change whenever certain watched ones do that nothing counts.
         contents: compare a hash of the contents as well.
     """
 
-    def __init__(self, positions: Sequence[int], args: Sequence[Any], *, contents: bool = False) -> None:
-        self._contents = contents
+    def __init__(
+        self,
+        positions: Sequence[int],
+        args: Sequence[Any],
+        *,
+        witnesses: Sequence[Tensor] = (),
+        contents: bool = False,
+    ) -> None:
+        self._witnesses, self._contents = witnesses, contents
         self.renew(positions, args)
 
     def renew(self, positions: Sequence[int], args: Sequence[Any]) -> None:
         self._generation = _generation
         tensors: list[Tensor] = [args[i] for i in positions]
         self._seen = [(i, t, t._version, t.data_ptr()) for i, t in zip(positions, tensors, strict=True)]
+        self._testimony = [(t, t._version) for t in self._witnesses]
         self._hashes = [_hash(t) for t in tensors] if self._contents else []
 
     def fresh(self, args: Sequence[Any]) -> bool:
@@ -56,6 +65,8 @@ class Watch:
             tensor = args[i]
             if seen is not tensor or seen._version != version or seen.data_ptr() != pointer:
                 return False
+        if any(witness._version != version for witness, version in self._testimony):
+            return False
         return not self._contents or self._hashes == [_hash(args[i]) for i, *_ in self._seen]
 
 

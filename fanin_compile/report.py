@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fanin_compile import backend
-from fanin_compile.condense import candidates
+from fanin_compile.condense import Candidate, candidates
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.export import MODEL, RESULT
 from fanin_compile.graph import PipelineResult
@@ -162,11 +162,11 @@ def _explain_compiled(
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Undo what a call changes: buffers (batch norm in train mode), the random state."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[]):
         yield
-    for buffer, version, value in before:
-        if buffer._version != version:
+    for buffer, value in before:
+        if not torch.equal(buffer, value):  # batch norm does not raise versions
             buffer.copy_(value)
 
 
@@ -218,7 +218,7 @@ def _explain_plan(model: nn.Module) -> Report:
     layers: list[LayerReport] = []
     for candidate in candidates(model):
         if candidate.weight is not None:
-            op = type(candidate.module).__name__.lower()
+            op = _op(candidate)
             became = (
                 "gather-matmul"
                 if candidate.weight.values.ndim and len(candidate.weight.shape) == 2
@@ -233,11 +233,18 @@ def _left_rows(model: nn.Module, positions: Mapping[nn.Module, int]) -> Iterator
     for candidate in candidates(model):
         if candidate.skip is not None:
             weight = CondensedWeight.from_dense(*candidate.found.by_neuron())
-            op = type(candidate.module).__name__.lower()
+            op = _op(candidate)
             row = _weight_row(
                 candidate.name, op, weight, weight.dense_nbytes, "dense", positions.get(candidate.module)
             )
             yield LayerReport(**{**asdict(row), "macs_after": row.macs_before, "reason": str(candidate.skip)})
+
+
+def _op(candidate: Candidate) -> str:
+    if isinstance(candidate.module, nn.MultiheadAttention):
+        return "attention"
+    dims = candidate.found.weight.ndim - 2
+    return f"conv{dims}d" if dims else "linear"
 
 
 def _weight_row(

@@ -176,6 +176,23 @@ def test_what_ablated_neurons_pass_through_is_watched() -> None:
         torch.testing.assert_close(f(x), model(x))
 
 
+def test_training_between_calls_moves_running_statistics() -> None:
+    model = nn.Sequential(
+        sparse_linear(64, 32, 6), nn.BatchNorm1d(32), nn.ReLU(), sparse_linear(32, 9, 5)
+    ).eval()
+    f, x = compiled(model), randn(5, 64)
+    with recorded() as compilations:
+        for _ in range(3):
+            torch.testing.assert_close(f(x), model(x))
+            model.train()
+            model(randn(20, 64) * 3 + 1)  # batch norm writes its statistics, and their versions stay
+            model.eval()
+        torch.testing.assert_close(f(x), model(x))
+    assert len(compilations) == 1
+    assert compilations[0].result is not None
+    assert any("batch norm folded" in r.detail for r in compilations[0].result.rewritten)
+
+
 def test_pruning_further_and_removing() -> None:
     model, x = MLP(), randn(5, 64)
     prune.custom_from_mask(model.a, "weight", fan_in_mask(48, 64, 6))
@@ -370,7 +387,9 @@ def test_repacking_that_fails_raises_if_strict(monkeypatch: pytest.MonkeyPatch) 
 def test_constants_of_neurons_that_stay_are_watched() -> None:
     class Model(MLP):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            h = torch.relu(self.a(x))  # seen whole, so its ablated neurons stay; b has them folded all the same
+            h = torch.relu(
+                self.a(x)
+            )  # seen whole, so its ablated neurons stay; b has them folded all the same
             return self.b(h), h
 
     model, x = Model(), randn(5, 64)

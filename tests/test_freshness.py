@@ -49,6 +49,18 @@ def test_changes_are_seen_and_renew_forgets_them(change: str) -> None:
     assert watch.fresh(args)
 
 
+def test_a_witness_speaks_for_what_nothing_counts() -> None:
+    norm = nn.BatchNorm1d(4)
+    assert norm.running_mean is not None
+    assert norm.num_batches_tracked is not None
+    args = [norm.running_mean]
+    blind, watch = Watch((0,), args), Watch((0,), args, witnesses=[norm.num_batches_tracked])
+    norm(randn(5, 4))
+    assert (blind.fresh(args), watch.fresh(args)) == (True, False)
+    watch.renew((0,), args)
+    assert watch.fresh(args)
+
+
 def test_refresh_makes_every_watch_stale_once() -> None:
     args = _args()
     watches = [Watch((i,), args) for i in (1, 3)]

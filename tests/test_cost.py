@@ -1,0 +1,100 @@
+"""The cost gate: rates from the cache or measured, interpolated, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fanin_compile import cost
+from fanin_compile.cost import BATCHES, Rates
+from fanin_compile.records import Layer
+
+RATES = Rates(1, dense=(1.0, 2.0, 4.0, 8.0, 16.0), condensed=(1.0, 1.0, 1.0, 1.0, 1.0))
+
+
+def _layer(*, batch: int = 1, nnz: int = 1000, op: str = "linear") -> Layer:
+    return Layer("fc", op, (100, 100), (10, 10), nnz, 0, 40_000, batch * 10_000, batch)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and a measurement that costs nothing."""
+    file = tmp_path / "rates.json"
+    monkeypatch.setattr(cost, "_cache_file", lambda threads: file)
+    monkeypatch.setattr(cost, "measure", lambda threads: dataclasses.replace(RATES, threads=threads))
+    cost.host_rates.cache_clear()
+    yield file  # type: ignore[misc]
+    cost.host_rates.cache_clear()
+
+
+def test_estimates_in_microseconds() -> None:
+    assert RATES.dense_us(_layer(batch=4)) == 4 * 10_000 / 2.0 / 1e3
+    assert RATES.condensed_us(_layer(batch=4)) == 4 * 1000 / 1e3
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10_000))
+def test_interpolation_stays_between_its_neighbours(batch: int) -> None:
+    rate = cost._interpolate(RATES.dense, batch)
+    below = [r for b, r in zip(BATCHES, RATES.dense, strict=True) if b <= batch] or [RATES.dense[0]]
+    above = [r for b, r in zip(BATCHES, RATES.dense, strict=True) if b >= batch] or [RATES.dense[-1]]
+    assert below[-1] <= rate <= above[0]
+
+
+def test_at_measured_batches_it_is_the_measurement() -> None:
+    assert [cost._interpolate(RATES.dense, b) for b in BATCHES] == list(RATES.dense)
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_gate_lets_gains_through_and_names_both_estimates_else() -> None:
+    assert cost.gate(_layer()) is None
+    skip = cost.gate(_layer(batch=256))
+    assert skip is not None
+    assert skip.reason == "dense is estimated to be faster"
+    assert skip.values == {"sparsity": "90.0%", "batch": 256, "dense": "160 us", "condensed": "256 us"}
+    assert cost.gate(_layer(nnz=940)) is None
+    assert cost.gate(_layer(nnz=9_600)) is not None  # gains less than MARGIN asks for
+
+
+def test_rates_are_kept_and_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cost.host_rates(1) == RATES
+    assert json.loads(cache.read_text())["dense"] == list(RATES.dense)
+    cost.host_rates.cache_clear()
+
+    def fail(threads: int) -> Rates:
+        raise AssertionError("measured although kept")
+
+    monkeypatch.setattr(cost, "measure", fail)
+    assert cost.host_rates(1) == RATES
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}"),
+        '{"threads": 1, "dense": 3, "condensed": 4}',
+        '{"threads": 1, "dense": [1], "condensed": [1]}',
+        '{"threads": 1, "dense": [1, 1, 1, 1, 0], "condensed": [1, 1, 1, 1, 1]}',
+        '{"threads": 1, "dense": "abcde", "condensed": []}',
+    ],
+)
+def test_a_damaged_file_is_measured_anew(cache: Path, content: str) -> None:
+    cache.write_text(content)
+    assert cost.host_rates(1) == RATES
+    assert Rates.parse(json.loads(cache.read_text())) == RATES
+
+
+def test_an_unwritable_cache_does_not_matter(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_cache_file", lambda threads: Path("/proc/nowhere/rates.json"))
+    assert cost.host_rates(1) == RATES
+
+
+def test_measuring_gives_positive_rates_of_both_sides() -> None:
+    rates = cost.measure(1, seconds=0.0)
+    assert rates.threads == 1
+    assert Rates.parse(dataclasses.asdict(rates)) == rates

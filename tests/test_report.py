@@ -1,0 +1,201 @@
+"""explain(): every layer once, in numbers that add up, with a reason for whatever was left."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import fanin_compile
+from fanin_compile import LayerReport, Report, backend, condense, cost, explain
+from tests.compile_support import (
+    MLP,
+    assert_equals_dense,
+    compiled,
+    randn,
+    recorded,
+    rewritten,
+    sparse_linear,
+)
+
+pytestmark = pytest.mark.usefixtures("dynamo")
+ALL = {"cost_gate": False}
+
+
+def test_of_a_masked_model_with_inputs() -> None:
+    report = explain(MLP(), randn(5, 64), options=ALL)
+    a, b = report.layers
+    assert (a.name, a.op, a.shape, a.fan_in, a.ablated) == ("a", "linear", (48, 64), (6, 6), 2)
+    assert a.became == "gather-matmul + relu"
+    assert b.became == "gather-matmul"
+    assert a.macs_before == 5 * 48 * 64
+    assert a.bytes_before == 48 * 64 * 4
+    assert 0 < a.bytes_after < a.bytes_before
+    assert math.isclose(a.sparsity, 1 - 46 * 6 / (48 * 64))
+    assert report.rewritten == report.layers
+    assert report.left == ()
+    assert report.notes == ()
+
+
+def test_multiply_adds_after_are_at_most_the_active_weights() -> None:
+    report = explain(MLP(), randn(5, 64), options=ALL)
+    assert report.layers[0].macs_after is not None
+    assert 0 < report.layers[0].macs_after <= 5 * 46 * 6
+
+
+def test_totals_are_sums() -> None:
+    report = explain(MLP(), randn(5, 64), options=ALL)
+    for field, total in report.totals().items():
+        assert total == sum(getattr(layer, field) for layer in report.layers)
+    assert explain(MLP()).totals()["macs_before"] is None  # no inputs, so not known
+
+
+def test_round_trip_through_json() -> None:
+    report = explain(MLP(), randn(5, 64), options=ALL)
+    parsed = json.loads(report.to_json())
+    assert parsed == json.loads(json.dumps(report.to_dict()))
+    assert parsed["totals"] == report.totals()
+    layers = [
+        LayerReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+        for d in parsed["layers"]
+    ]
+    assert Report(parsed["title"], tuple(layers), tuple(parsed["notes"])) == report
+
+
+def test_the_table_names_layers_sizes_and_reasons() -> None:
+    model = nn.Sequential(sparse_linear(64, 32, 6), nn.ReLU(), nn.Linear(32, 16))
+    text = str(explain(model, randn(5, 64), options=ALL))
+    lines = text.splitlines()
+    assert lines[0] == 'torch.compile(Sequential, backend="fanin")'
+    assert lines[1].split()[:4] == ["layer", "op", "shape", "fan-in"]
+    assert lines[3].split()[:5] == ["0", "linear", "32x64", "6", "90.6%"]
+    assert "1 of 2 layers" in lines[5]
+    assert "left dense: 2: every weight is active (shape 16x32)" in text
+
+
+def test_the_cost_gate_gives_both_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "host_rates", lambda threads: cost.Rates(threads, (10.0,) * 5, (5.0,) * 5))
+    model = nn.Linear(64, 64)
+    prune.random_unstructured(model, "weight", 0.02)
+    (layer,) = explain(model, randn(256, 64)).layers
+    assert layer.became == "dense"
+    assert layer.reason.startswith("dense is estimated to be faster (sparsity 2.0%, batch 256, dense ")
+    assert layer.macs_after == layer.macs_before
+    assert layer.bytes_after == layer.bytes_before
+
+
+def test_of_a_condensed_model() -> None:
+    model = nn.Sequential(sparse_linear(64, 32, 6, ablated=2), nn.Linear(32, 16))
+    report = explain(condense(model), randn(7, 64))
+    first, second = report.layers
+    assert (first.name, first.became, first.ablated) == ("0", "gather-matmul", 2)
+    assert (first.macs_before, first.macs_after) == (7 * 32 * 64, 7 * 30 * 6)
+    assert (second.became, second.reason) == ("dense", "every weight is active")
+    assert second.macs_before == second.macs_after == 7 * 16 * 32
+    assert explain(condense(model)).layers[0].macs_before is None
+
+
+def test_of_a_plan() -> None:
+    model = nn.ModuleDict(
+        {"a": sparse_linear(64, 32, 6), "c": nn.Conv2d(8, 8, 3), "at": nn.MultiheadAttention(32, 4)}
+    )
+    prune.random_unstructured(model["c"], "weight", 0.9)
+    report = explain(model)
+    assert [(r.name, r.op, r.became) for r in report.layers] == [
+        ("a", "linear", "gather-matmul"),
+        ("c", "conv2d", "gather-conv"),
+        ("at", "attention", "dense"),
+        ("at.out_proj", "linear", "dense"),
+    ]
+    assert report.title == "condense(ModuleDict) would make"
+
+
+def test_of_an_exported_condensed_model() -> None:
+    model = nn.Sequential(sparse_linear(64, 32, 6, ablated=4), nn.ReLU(), sparse_linear(32, 16, 20))
+    report = explain(condense(model, example_inputs=(randn(5, 64),)))
+    assert [layer.became for layer in report.layers] == ["gather-matmul + relu", "gather-matmul"]
+    assert report.layers[0].changes == ("32 -> 28 neurons",)
+    assert "4 constant inputs folded" in str(report)
+
+
+def test_graph_breaks_and_untouched_graphs_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            torch._dynamo.graph_break()
+            y: Tensor = self.b(h)
+            return y
+
+    report = explain(Breaks(), randn(5, 64), options=ALL)
+    assert [layer.name for layer in report.rewritten] == ["a", "b"]
+    assert report.notes == ("Dynamo made 2 graphs of this model",)
+
+    def fail(*args: object) -> None:
+        raise ValueError("injected")
+
+    monkeypatch.setattr(backend, "rewrite", fail)
+    report = explain(MLP(), randn(5, 64))
+    assert report.layers == ()
+    assert report.notes == ("graph 0 left untouched: ValueError: injected",)
+    assert "no linear or convolution layer found" in str(report)
+
+
+def test_a_weight_used_twice_counts_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = sparse_linear(64, 64, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(torch.relu(self.a(x)))
+            return y
+
+    report = explain(Twice(), randn(5, 64), options=ALL)
+    assert [(layer.name, layer.became) for layer in report.layers] == [
+        ("a", "gather-matmul + relu"),
+        ("a (use 2)", "gather-matmul"),
+    ]
+    assert report.totals()["bytes_before"] == 64 * 64 * 4
+
+
+def test_of_a_compiled_model_and_of_nothing() -> None:
+    model = MLP()
+    f = compiled(model)
+    assert isinstance(f, nn.Module)
+    assert explain(f, randn(5, 64), options=ALL).layers == explain(model, randn(5, 64), options=ALL).layers
+    assert str(explain(nn.ReLU(), randn(3))).endswith("no linear or convolution layer found")
+
+
+def test_leaves_no_trace() -> None:
+    """Neither in Dynamo's recompile limit, nor in buffers, nor in the random state."""
+    model = nn.Sequential(sparse_linear(64, 48, 6), nn.BatchNorm1d(48), nn.Dropout(0.5)).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state, x = torch.get_rng_state(), randn(5, 64)
+    for _ in range(9):
+        explain(model, x, options=ALL)
+    explain(condense(model), x)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    with recorded() as compilations:
+        compiled(model)(x)
+    assert rewritten(compilations) == [{"0"}]
+
+
+def test_does_not_disturb_a_compiled_model() -> None:
+    model, x = MLP(), randn(5, 64)
+    f = compiled(model)
+    with recorded() as compilations:
+        f(x)
+        fanin_compile.explain(model, x)
+    with recorded() as again:
+        assert_equals_dense(f(x), model, x)
+    assert (len(compilations), len(again)) == (2, 0)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(fanin_compile.OptionError, match="unknown option 'gate'"):
+        explain(MLP(), randn(5, 64), options={"gate": False})

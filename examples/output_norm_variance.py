@@ -14,20 +14,28 @@ from fanin_compile.train.theory import MASK_LAWS, output_norm_variance, simulate
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-N, SAMPLES = 16, 50_000
+N = 16
 FAN_INS = (1, 2, 3, 4, 6, 8, 12, 16)
 
-figure, axes = plt.subplots(figsize=(6, 4))
-print(f"n = {N}; closed form / simulation with its standard deviation, {SAMPLES} layers each")
-for law in MASK_LAWS:
-    exact = [output_norm_variance(N, k, law) for k in FAN_INS]
-    found = [simulate_output_norm(N, k, law, SAMPLES) for k in FAN_INS]
-    (line,) = axes.plot(FAN_INS, exact, label=law)
-    values, errors = [s.variance for s in found], [2 * s.variance_error for s in found]
-    axes.errorbar(FAN_INS, values, errors, fmt="o", markersize=3, capsize=2, color=line.get_color())
-    for k, value, s in zip(FAN_INS, exact, found, strict=True):
-        print(f"{law:>10}  k = {k:2}  {value:.4f} / {s.variance:.4f} ± {s.variance_error:.4f}")
-axes.set(xlabel="fan-in k", ylabel="Var |z|²", title=f"Output norm of a sparse layer, n = {N}", xscale="log")
-axes.legend(title="mask: constant")
-figure.tight_layout()
-figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "output_norm_variance.png", dpi=150)
+
+def main(path: str, samples: int = 50_000) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    print(f"n = {N}; closed form / simulation with its standard deviation, {samples} layers each")
+    for law in MASK_LAWS:
+        exact = [output_norm_variance(N, k, law) for k in FAN_INS]
+        found = [simulate_output_norm(N, k, law, samples) for k in FAN_INS]
+        (line,) = axes.plot(FAN_INS, exact, label=law)
+        values, errors = [s.variance for s in found], [2 * s.variance_error for s in found]
+        axes.errorbar(FAN_INS, values, errors, fmt="o", markersize=3, capsize=2, color=line.get_color())
+        for k, value, s in zip(FAN_INS, exact, found, strict=True):
+            print(f"{law:>10}  k = {k:2}  {value:.4f} / {s.variance:.4f} ± {s.variance_error:.4f}")
+    axes.set(
+        xlabel="fan-in k", ylabel="Var |z|²", title=f"Output norm of a sparse layer, n = {N}", xscale="log"
+    )
+    axes.legend(title="mask: constant")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "output_norm_variance.png")

@@ -25,9 +25,8 @@ def vit_layers(blocks: int = 12, d: int = 768) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(a, b, bias=False) for _ in range(blocks) for a, b in shapes)
 
 
-def update_seconds(repeats: int) -> list[float]:
+def update_seconds(layers: nn.ModuleList, repeats: int) -> list[float]:
     """Seconds of step() when it updates every layer, gradient recorded, optimizer state and masks included."""
-    layers = vit_layers()
     optimizer = torch.optim.SGD(layers.parameters(), 0.0, momentum=0.9)
     sparse = SRigL(layers, optimizer, total_steps=10**6, delta_t=1, allocation="uniform", gamma_sal=0.95)
     seconds = []
@@ -84,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=DELTA_T)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    update = update_seconds(repeats=5)
+    update = update_seconds(vit_layers(), repeats=5)
     print(f"update of ViT-B/16's 48 layers: {min(update):.2f} s, median {statistics.median(update):.2f} s")
     for name, build in (("MLP 768-3072-768, batch 64", mlp), ("ViT-B/16 block, 197 tokens", encoder)):
         dense, sparse = interleaved([trainer(build, False), trainer(build, True)], args.rounds)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fanin_compile.errors import OptionError
 from fanin_compile.train import SRigL
 from fanin_compile.train.layers import find_layers
 from tests.train_support import assert_agreement, assert_constant_fan_in, fan_ins, mlp, train, weight_and_mask
@@ -112,6 +113,11 @@ def test_frozen_and_unsupported_weights_are_not_found() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 3), nn.Embedding(4, 4))
     model[1].requires_grad_(False)
     assert [layer.name for layer in find_layers(model)] == ["0.weight"]
+
+
+def test_a_lazy_module_without_a_shape_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"0.weight has no shape yet"):
+        find_layers(nn.Sequential(nn.LazyLinear(4)))
 
 
 def test_layers_are_meant_by_name_glob_type_or_predicate() -> None:

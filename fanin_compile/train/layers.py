@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import Parameter
+from torch.nn.parameter import Parameter, UninitializedParameter
 
 from fanin_compile.errors import MaskError, OptionError
 from fanin_compile.train.shards import gather, local, local_part
@@ -164,6 +164,10 @@ def find_layers(model: nn.Module, mha_blocks: MhaBlocks = "matrix") -> list[Spar
             if param is None or not param.requires_grad:
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
+            if isinstance(param, UninitializedParameter):
+                raise OptionError(
+                    f"{name} has no shape yet; run the lazy module once before making it sparse"
+                )
             if param in layers:
                 layers[param].owners.append((module, attribute))
                 layers[param].tied_names.append(name)

@@ -1,0 +1,80 @@
+"""The training examples, each run small."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_evidence_trains_every_method_and_its_table_has_their_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    evidence = load("evidence")
+    monkeypatch.setattr(evidence, "STEPS", 60)
+    data = evidence.digits()
+    for build in (evidence.mlp, evidence.cnn):
+        assert evidence.run(data, build, "dense", 0.0, seed=0)["accuracy"] > 70
+    for method in evidence.METHODS:
+        result = evidence.run(data, evidence.mlp, method, 0.9, seed=0)
+        assert 0.05 < result["density"] <= 0.1
+        assert result["accuracy"] > 70
+    rows = [
+        {"setting": "digits MLP", "method": method, "sparsity": sparsity, "seed": seed}
+        | {"accuracy": 90.0 + seed + (method == "SRigL"), "density": 1 - sparsity, "living": 0.75}
+        for method in ("dense", *evidence.METHODS)
+        for sparsity in ((0.0,) if method == "dense" else evidence.SPARSITIES)
+        for seed in range(5)
+    ]
+    text = evidence.table(rows)
+    assert "### digits MLP, 5 seeds; dense 92.00 ± 1.96 %" in text
+    assert "| *SRigL - RigL* | 1.00 ± 0.00 |" in text
+    assert "| *SRigL: neurons ablated* | 25% |" in text
+    assert evidence.table(rows[:-1]) == "\n", "a setting that was not run to its end is left out"
+
+
+def test_output_norm_variance_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    load("output_norm_variance").main(str(tmp_path / "plot.png"), samples=1000)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "fan-in  k =  2  0.6042 /" in capsys.readouterr().out
+
+
+def test_train_overhead_measures_updates_and_steps() -> None:
+    overhead = load("train_overhead")
+    layers = overhead.vit_layers(blocks=1, d=16)
+    assert sum(p.numel() for p in layers.parameters()) == 12 * 16 * 16
+    assert len(overhead.update_seconds(layers, repeats=2)) == 2
+
+    def small() -> tuple[nn.Module, torch.Tensor]:
+        return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), torch.randn(4, 16)
+
+    times = overhead.interleaved([overhead.trainer(small, sparse) for sparse in (False, True)], rounds=3)
+    assert all(seconds > 0 for seconds in times)
+
+
+def test_train_ddp_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """On one process; test_train_parallel.py has two."""
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command += [str(ROOT / "examples" / "train_ddp.py"), "--checkpoint", str(tmp_path)]
+    for steps, expected in (("100", "accuracy 0.9"), ("140", "rank 0 goes on from step 100")):
+        done = subprocess.run([*command, "--steps", steps], capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert expected in done.stdout

@@ -131,6 +131,9 @@ class CondensedConv(CondensedLayer):
     ) -> None:
         super().__init__(weight, bias, requires_grad=requires_grad)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        # models read these of their convolutions, to pad by hand for one
+        self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
+        self.kernel_size, self.padding_mode = weight.shape[2:], "zeros"
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_conv(

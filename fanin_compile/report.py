@@ -156,6 +156,7 @@ def _explain_compiled(
             notes += [f"{s.layer}: {s}" for s in compilation.result.skipped if s.layer not in found]
     if len(compilations) != 1:
         notes.append(f"Dynamo made {len(compilations)} graphs of this model")
+    notes += _unseen(model, {layer.name for layer in layers})
     return Report(f'torch.compile({type(model).__name__}, backend="fanin")', tuple(layers), tuple(notes))
 
 
@@ -168,6 +169,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     for buffer, value in before:
         if not torch.equal(buffer, value):  # batch norm does not raise versions
             buffer.copy_(value)
+
+
+def _unseen(model: nn.Module, seen: set[str]) -> Iterator[str]:
+    """A note for every layer with weights which is in no graph of the call."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.RNNBase):
+            yield f"{name}: {kind} stays as it is, one operator of torch holds all its weights"
+        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and name not in seen:
+            yield f"{name}: {kind} is in no graph that Dynamo captured, or was not called"
 
 
 def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:

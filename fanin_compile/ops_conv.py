@@ -266,8 +266,9 @@ def _gather_conv_flops(
     x: torch.Size, values: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     """Two operations per non-zero, image and output pixel; arguments are shapes."""
-    out_channels = args[4][0]
-    return 2 * math.prod(values) * (math.prod(out_shape) // max(out_channels, 1))
+    out_channels = int(args[4][0])
+    pixels: int = math.prod(out_shape) // max(out_channels, 1)
+    return 2 * math.prod(values) * pixels
 
 
 _library.impl("gather_conv", _kernel, "CompositeExplicitAutograd")

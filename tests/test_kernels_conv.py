@@ -127,7 +127,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(weight, x, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups))
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data(), case=cases())
 def test_any_geometry(data: st.DataObject, case: Case) -> None:
     w, x, g = case

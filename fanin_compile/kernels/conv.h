@@ -54,14 +54,15 @@ struct Layout {
 inline constexpr int kMaxTile = 14;             // accumulators of a tile; with one weight and one spare they fill 16 registers
 inline constexpr int64_t kBlockRows = 512;      // most rows of one block: their sums stay in L2
 inline constexpr int64_t kMaxOffset = UINT16_MAX;
+inline constexpr int64_t kVisitsAhead = 4;      // runs whose weights are requested early
 
 // False if one channel's packed tile exceeds what offsets of 16 bits reach.
 bool make_layout(const Shape& shape, bool direct_allowed, Layout& layout);
 
-// Runs of one chunk and block, those that are the first of their row in front; each part ordered by count.
+// Runs of one chunk and block in the order: whole rows, first runs of a row, middle runs, last runs; each part by count.
 struct Stage {
   int64_t channel;              // first channel of the chunk, to which the offsets are relative
-  int64_t begin, fresh, end;    // visits
+  int64_t begin, whole, first, middle, end;     // where the parts end in visits
 };
 
 struct Plan {

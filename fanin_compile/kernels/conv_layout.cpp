@@ -82,7 +82,7 @@ bool make_layout(const Shape& s, bool direct_allowed, Layout& l) {
   l.images = s.paired && vectors <= kMaxTile / 2 ? 2 : 1;
   l.tiles = ceil_div(vectors, kMaxTile);
   const int64_t width = ceil_div(vectors, l.tiles) * kLanes, phases = static_cast<int64_t>(l.phases.size());
-  const auto packed = [&](int64_t tiles) { return ceil_div(tiles * width + l.span, kLanes) * kLanes * phases; };
+  const auto packed = [&](int64_t tiles) { return (ceil_div(tiles * width + l.span, kLanes) + 1) * kLanes * phases; };
   l.tiles_per_unit = 1;
   while (l.tiles_per_unit < l.tiles &&
          packed(l.tiles_per_unit + 1) * s.in_channels * l.images * int64_t{sizeof(float)} <= kUnitBytes)

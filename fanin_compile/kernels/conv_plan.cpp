@@ -10,7 +10,8 @@ namespace {
 struct Run {
   int64_t channel;              // chunk's first channel
   Visit visit;
-  bool fresh;
+  bool first, last;             // of its row
+  int part() const { return first ? (last ? 0 : 1) : (last ? 3 : 2); }
 };
 
 // Cuts rows into runs of one chunk; writes offsets unless the indices serve as they are. Null or what is wrong.
@@ -46,7 +47,7 @@ const char* cut(const Structure& st, const Shape& shape, const Layout& layout, c
         }
         runs[block * (static_cast<int64_t>(runs.size()) / blocks) + chunk].push_back(
             {first, {static_cast<int32_t>(start), static_cast<uint16_t>(i - plan.block[block]), static_cast<uint16_t>(j - start)},
-             start == begin});
+             start == begin, j == end});
       }
     }
   return nullptr;
@@ -87,16 +88,17 @@ const char* build_plan(const Structure& st, const Shape& shape, const Layout& la
       std::vector<Run>& stage = runs[block * chunks + chunk];
       if (stage.empty()) continue;
       std::stable_sort(stage.begin(), stage.end(), [](const Run& a, const Run& b) {
-        return a.fresh != b.fresh ? a.fresh : a.visit.count < b.visit.count;
+        return a.part() != b.part() ? a.part() < b.part() : a.visit.count < b.visit.count;
       });
+      int64_t ends[4];
+      for (int part = 0; part < 4; ++part)
+        ends[part] = std::count_if(stage.begin(), stage.end(), [&](const Run& run) { return run.part() <= part; });
       const int64_t begin = static_cast<int64_t>(plan.visits.size());
-      int64_t fresh = begin;
-      for (const Run& run : stage) {
-        plan.visits.push_back(run.visit);
-        fresh += run.fresh;
-      }
-      plan.stages[block].push_back({chunk * layout.chunk, begin, fresh, static_cast<int64_t>(plan.visits.size())});
+      for (const Run& run : stage) plan.visits.push_back(run.visit);
+      plan.stages[block].push_back(
+          {chunk * layout.chunk, begin, begin + ends[0], begin + ends[1], begin + ends[2], begin + ends[3]});
     }
+  plan.visits.resize(plan.visits.size() + kVisitsAhead);      // the kernel looks ahead
   return nullptr;
 }
 

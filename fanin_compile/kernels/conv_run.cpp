@@ -1,6 +1,7 @@
 // The convolution microkernel: one weight is broadcast against a tile of consecutive outputs.
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <utility>
 
 #include "conv.h"
@@ -42,13 +43,44 @@ struct Sums {
 };
 
 struct Runs {
-  const Visit *visit, *fresh, *end;
+  const Visit *visit, *whole, *first, *middle, *end;
   const void* values;
   const uint16_t* offsets;
   const float* x;
   float* sums;
   int64_t step, gap;            // floats between offsets; from the first part of the tile to the second
+  // Where rows are finished in registers, or null: y of output channel 0, and by how much channels and the parts differ.
+  float* y;
+  const float *residual, *bias;
+  const int32_t* live;
+  int64_t pixels;
+  float floor;                  // -infinity, or 0 for relu
 };
+
+// Runs are visited in the order of their lengths, which no hardware prefetcher follows.
+
+template <class V>
+FANIN_INLINE void prefetch_weights(const Runs& r, const Visit& visit) {
+  const char* w = static_cast<const char*>(r.values) + visit.start * sizeof(V);
+  const char* o = reinterpret_cast<const char*>(r.offsets + visit.start);
+  __builtin_prefetch(w);
+  __builtin_prefetch(w + 64);
+  __builtin_prefetch(o);
+}
+
+// Last runs of their rows: bias, residual and relu, and out.
+template <int A, int B>
+FANIN_INLINE void finish(const Runs& r, Sums<A, B>& sums, int32_t channel) {
+  const int64_t at = channel * r.pixels;
+  const vf bias = splat(r.bias ? r.bias[channel] : 0.0f), floor = splat(r.floor);
+#pragma GCC unroll 16
+  for (int t = 0; t < A + B; ++t) {
+    const int64_t i = at + (t < A ? t * kLanes : r.gap + (t - A) * kLanes);
+    vf v = sums.v[t] + bias;
+    if (r.residual) v += load_raw<vf>(r.residual + i);
+    store_raw(r.y + i, select<kLanes>(v < floor, floor, v));
+  }
+}
 
 template <int A, int B, class V>
 void accumulate(const Runs& r) {
@@ -58,13 +90,15 @@ void accumulate(const Runs& r) {
     const V* w = static_cast<const V*>(r.values) + visit->start;
     const uint16_t* o = r.offsets + visit->start;
     float* out = r.sums + visit->row * ((A + B) * kLanes);
+    prefetch_weights<V>(r, visit[kVisitsAhead]);
     Sums<A, B> sums;
-    if (visit < r.fresh) sums.clear();
+    if (visit < r.first) sums.clear();
     else sums.load(out);
     int left = visit->count;
     for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, r.x, step, gap, S4{});
     for (int j = 0; j < left; ++j) sums.add(splat(widen1(w + j)), r.x + o[j] * step, gap);
-    sums.store(out);
+    if (r.y && (visit < r.whole || visit >= r.middle)) finish(r, sums, r.live[visit->row]);
+    else sums.store(out);
   }
 }
 
@@ -132,20 +166,34 @@ void run(const Op& op, int64_t image, int64_t images, int64_t unit, int64_t firs
     runs.gap = images == 2 ? (l.direct ? channels * pixels - early : channels * l.channel)
                            : (vectors - 1) * kLanes - (tail ? over : 0);
     runs.sums = sums;
+    // One image in place is one run of whole vectors: rows can be finished in registers.
+    const bool finished = l.direct && images == 1 && (op.act == Act::none || op.act == Act::relu) &&
+                          (!op.bias || op.bias_type == DType::f32);
+    if (finished) {
+      const int64_t at = image * plan.shape.out_channels * pixels + lane;
+      runs.y = static_cast<float*>(op.y) + at;
+      runs.residual = op.residual ? static_cast<const float*>(op.residual) + at : nullptr;
+      runs.bias = static_cast<const float*>(op.bias);
+      runs.pixels = pixels;
+      runs.floor = op.act == Act::relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    }
     const float* x = l.direct ? static_cast<const float*>(op.x) + image * channels * pixels + lane : scratch + (lane - lane0);
     const Kernel accumulate = with_dtype(op.value_type, [&](auto v) { return kernel<decltype(v)>(vectors, images); });
     const int64_t stride = vectors * images * kLanes;
     for (int64_t block = first_block; block < last_block; ++block) {
       for (const Stage& stage : plan.stages[block]) {
         runs.visit = plan.visits.data() + stage.begin;
-        runs.fresh = plan.visits.data() + stage.fresh;
+        runs.whole = plan.visits.data() + stage.whole;
+        runs.first = plan.visits.data() + stage.first;
+        runs.middle = plan.visits.data() + stage.middle;
         runs.end = plan.visits.data() + stage.end;
         const bool absolute = plan.offsets.empty();
         runs.offsets = absolute ? op.offsets : plan.offsets.data();
         runs.x = x + (absolute ? 0 : stage.channel * (l.direct ? pixels : l.channel));
+        runs.live = plan.live.data() + plan.block[block];
         accumulate(runs);
       }
-      for (int64_t i = 0; i < images; ++i) {
+      for (int64_t i = 0; i < images && !finished; ++i) {
         pieces.clear();
         if (tail) {
           if (vectors > 1) pieces_of(plan, lane, lane + (vectors - 1) * kLanes, 0, pieces);

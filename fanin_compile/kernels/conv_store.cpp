@@ -31,6 +31,8 @@ FANIN_INLINE void put_some(X* y, const X* residual, vf v, int64_t count) {
   __builtin_memcpy(y, buffer, count * sizeof(X));
 }
 
+constexpr int64_t kRowsAhead = 4;               // output channels lie far apart: their lines are requested early
+
 // Pieces follow each other in y: all but the last may be written a vector at a time, past their end.
 template <Act A, class X>
 void planar(const Op& op, int64_t image, const std::vector<Piece>& pieces, const float* sums, int64_t stride, int64_t first,
@@ -41,6 +43,11 @@ void planar(const Op& op, int64_t image, const std::vector<Piece>& pieces, const
     const int64_t channel = op.plan->live[r], at = (image * s.out_channels + channel) * s.pixels_out();
     X* y = static_cast<X*>(op.y) + at;
     const X* residual = op.residual ? static_cast<const X*>(op.residual) + at : nullptr;
+    const int64_t ahead = op.plan->live[std::min(r + kRowsAhead, last - 1)] - channel;
+    for (int64_t i = pieces[0].pixel; i < end; i += 64 / int64_t{sizeof(X)}) {
+      __builtin_prefetch(y + ahead * s.pixels_out() + i, 1);
+      if (residual) __builtin_prefetch(residual + ahead * s.pixels_out() + i);
+    }
     const vf bias = splat(bias_at(op, channel));
     for (const Piece& p : pieces) {
       const float* from = sums + p.lane;

@@ -35,6 +35,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)
 STEPS, BATCH, DELTA_T, LR = 500, 64, 20, 0.05
+MARK = "<!-- written by evidence.py from here on -->"
 T_QUANTILE = {5: 2.776, 10: 2.262}  # Student's t at 97.5 %, by number of seeds
 
 
@@ -184,7 +185,8 @@ def main() -> None:
             print(
                 f"{setting}, {method}, {sparsity:.0%}, seed {seed}: {row['accuracy']:.2f} % ({seconds:.1f} s)"
             )
-    args.table.write_text(table(rows))
+    comment = args.table.read_text().partition(MARK)[0] if args.table.exists() else ""
+    args.table.write_text(comment + MARK + "\n\n" + table(rows))
     print(table(rows))
 
 

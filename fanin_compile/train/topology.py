@@ -58,9 +58,9 @@ def largest_per_row(score: Tensor, count: Tensor) -> Tensor:
     """
     n, f = score.shape
     wanting = count.nonzero().flatten()
+    if not len(wanting):
+        return wanting
     if len(wanting) < n:  # the rows of ablated neurons want nothing
-        if not len(wanting):
-            return wanting
         found = largest_per_row(score[wanting], count[wanting])
         return wanting[found // f] * f + found % f
     widest = int(count.max())

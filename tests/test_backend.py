@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +15,11 @@ from torch.nn.utils import parametrize, prune
 
 import fanin_compile
 from fanin_compile.backend import record
+from fanin_compile.layers import CondensedLinear
 from tests.compile_support import (
     MLP,
     STRICT,
+    any_type,
     assert_equals_dense,
     compiled,
     fan_in_mask,
@@ -51,7 +56,7 @@ def test_a_linear_of_any_mask_on_inputs_of_any_layout(
 ) -> None:
     torch._dynamo.reset()
     out, fan_in = masked.weight.shape
-    model = nn.Linear(fan_in, out, bias=has_bias)
+    model = any_type(nn.Linear(fan_in, out, bias=has_bias))
     prune.custom_from_mask(model, "weight", masked.mask)
     with torch.no_grad():
         model.weight_orig.copy_(masked.weight.nan_to_num())
@@ -71,7 +76,7 @@ def test_a_linear_of_any_mask_on_inputs_of_any_layout(
 class _Mask(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.mask = nn.Buffer(mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
@@ -80,7 +85,7 @@ class _Mask(nn.Module):
 class _MultipliesItself(nn.Linear):
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.float())
+        self.mask = nn.Buffer(mask.float())
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight * self.mask, self.bias)
@@ -123,9 +128,10 @@ def _source(kind: str) -> nn.Module:
         parametrize.register_parametrization(layer, "weight", _Mask(mask))
     elif kind == "buffer":
         layer = sparse_linear(64, 32, 6)
-        layer.register_buffer("weight_mask", layer.weight.detach() != 0)
+        mask = layer.weight.detach() != 0
+        layer.register_buffer("weight_mask", mask)
         with torch.no_grad():
-            layer.weight.view(-1)[layer.weight_mask.flatten().nonzero()[::7]] = 0.0
+            layer.weight.view(-1)[mask.flatten().nonzero()[::7]] = 0.0
     elif kind == "itself":
         layer = _MultipliesItself(mask)
     elif kind == "Conv1D":
@@ -148,7 +154,8 @@ def test_every_mask_source_through_both_doors(kind: str) -> None:
         condensed = fanin_compile.condense(model)
         z = condensed(x)
     assert rewritten(compilations) == [{""}]
-    assert type(condensed) is fanin_compile.layers.CondensedLinear
+    assert isinstance(condensed, CondensedLinear)
+    assert condensed.bias is not None
     weight = condensed.weight.double()
     magnitude = x.double().abs() @ weight.abs().t() + condensed.bias.double().abs()
     exact = x.double() @ weight.t() + condensed.bias.double()
@@ -190,7 +197,7 @@ def test_every_neuron_ablated_gives_the_bias() -> None:
 
 
 def test_ablated_neurons_give_the_activated_bias_in_place() -> None:
-    model, x = nn.Sequential(sparse_linear(64, 32, 6, ablated=5), nn.GELU()), randn(5, 64)
+    model, x = any_type(nn.Sequential(sparse_linear(64, 32, 6, ablated=5), nn.GELU())), randn(5, 64)
     with recorded():
         y = compiled(model)(x)
     assert y.shape == (5, 32)
@@ -329,10 +336,9 @@ class TestGradients:
         model.requires_grad_(False)
         assert_equals_dense(f(x), model, x)
 
-    def _same_gradients(self, f: object, model: nn.Module) -> None:
+    def _same_gradients(self, f: Callable[..., Any], model: nn.Module) -> None:
         gradients = []
         for function in (f, model):
-            assert callable(function)
             model.zero_grad()
             x = randn(5, 64).requires_grad_()
             function(x).square().sum().backward()

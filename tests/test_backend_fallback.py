@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from fanin_compile import OptionError, RewriteError, backend
+from fanin_compile.options import Options
+from fanin_compile.passes import PIPELINE
 from tests.compile_support import MLP, STRICT, assert_equals_dense, randn, recorded
 
 pytestmark = pytest.mark.usefixtures("dynamo")
@@ -43,9 +45,9 @@ def _broken_finish(original: Any) -> Any:
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     part = str(request.param)
     if part == "pass":
-        monkeypatch.setattr(backend, "PIPELINE", (*backend.PIPELINE[:1], _broken_pass))
+        monkeypatch.setattr(backend, "PIPELINE", (*PIPELINE[:1], _broken_pass))
     elif part == "inductor":
-        monkeypatch.setattr(backend.Options, "finish", _broken_finish(backend.Options.finish))
+        monkeypatch.setattr(Options, "finish", _broken_finish(Options.finish))
     else:
         monkeypatch.setattr(backend, part, _raise)
     return part

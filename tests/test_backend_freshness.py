@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fanin_compile import guards
 from tests.compile_support import (
     MLP,
     STRICT,
+    any_type,
     assert_equals_dense,
     compiled,
     fan_in_mask,
@@ -158,19 +160,18 @@ def test_many_changes_of_values_compile_once() -> None:
 
 
 def test_what_ablated_neurons_pass_through_is_watched() -> None:
-    model = nn.Sequential(
-        sparse_linear(64, 32, 6, ablated=8), nn.BatchNorm1d(32), nn.ReLU(), sparse_linear(32, 9, 5)
-    )
-    model.eval()
+    layers = (sparse_linear(64, 32, 6, ablated=8), nn.BatchNorm1d(32), nn.ReLU(), sparse_linear(32, 9, 5))
+    model = any_type(nn.Sequential(*layers).eval())
     f, x = compiled(model), randn(5, 64)
     with recorded():
-        for change in (
-            lambda: model[1].running_mean.add_(1.0),  # type: ignore[operator, union-attr]
-            lambda: model[1].running_var.mul_(2.0),  # type: ignore[operator, union-attr]
-            lambda: model[1].bias.add_(0.5),  # type: ignore[operator, union-attr]
-            lambda: model[0].bias.add_(0.5),  # type: ignore[operator, union-attr]
-            lambda: model[3].weight.mul_(2.0),  # type: ignore[operator, union-attr]
-        ):
+        changes: tuple[Callable[[], object], ...] = (
+            lambda: model[1].running_mean.add_(1.0),
+            lambda: model[1].running_var.mul_(2.0),
+            lambda: model[1].bias.add_(0.5),
+            lambda: model[0].bias.add_(0.5),
+            lambda: model[3].weight.mul_(2.0),
+        )
+        for change in changes:
             torch.testing.assert_close(f(x), model(x))
             change()
         torch.testing.assert_close(f(x), model(x))
@@ -194,7 +195,7 @@ def test_training_between_calls_moves_running_statistics() -> None:
 
 
 def test_pruning_further_and_removing() -> None:
-    model, x = MLP(), randn(5, 64)
+    model, x = any_type(MLP()), randn(5, 64)
     prune.custom_from_mask(model.a, "weight", fan_in_mask(48, 64, 6))
     f = compiled(model)
     with recorded():
@@ -225,18 +226,18 @@ def test_a_parametrizations_mask_changes() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("mask", fan_in_mask(48, 64, 6))
+            self.mask = nn.Buffer(fan_in_mask(48, 64, 6))
 
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
             return weight * self.mask
 
-    model, x = MLP(), randn(5, 64)
+    model, x = any_type(MLP()), randn(5, 64)
     parametrize.register_parametrization(model.a, "weight", Masked())
     f = compiled(model)
     with recorded() as compilations:
         f(x)
         for seed in range(3):
-            model.a.parametrizations.weight[0].mask.copy_(fan_in_mask(48, 64, 6, seed=seed))  # type: ignore[union-attr, operator]
+            model.a.parametrizations.weight[0].mask.copy_(fan_in_mask(48, 64, 6, seed=seed))
             torch.testing.assert_close(f(x), model(x))
     assert len(compilations) == 1
 
@@ -274,7 +275,7 @@ def test_verify_contents_sees_every_write(write: Callable[[torch.Tensor], object
 
 
 def test_what_a_pruned_layer_keeps_of_its_weight_is_the_users() -> None:
-    layer, x = nn.Linear(64, 32), randn(5, 64)
+    layer, x = any_type(nn.Linear(64, 32)), randn(5, 64)
     prune.custom_from_mask(layer, "weight", fan_in_mask(32, 64, 6))
     f = compiled(layer)
     with recorded():
@@ -323,10 +324,9 @@ def test_a_deep_copy_has_weights_of_its_own() -> None:
     f = compiled(model)
     with recorded():
         f(x)
-        other = copy.deepcopy(f)
-        assert isinstance(other, nn.Module)
-        other.a.weight.mul_(2.0)  # type: ignore[union-attr, operator]
-        assert_equals_dense(other(x), other._orig_mod, x)  # type: ignore[arg-type]
+        other = any_type(copy.deepcopy(f))
+        other.a.weight.mul_(2.0)
+        assert_equals_dense(other(x), other._orig_mod, x)
         assert_equals_dense(f(x), model, x)
 
 
@@ -386,7 +386,7 @@ def test_repacking_that_fails_raises_if_strict(monkeypatch: pytest.MonkeyPatch) 
 
 def test_constants_of_neurons_that_stay_are_watched() -> None:
     class Model(MLP):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(self, x: torch.Tensor) -> Any:
             h = torch.relu(
                 self.a(x)
             )  # seen whole, so its ablated neurons stay; b has them folded all the same

@@ -15,6 +15,7 @@ import fanin_compile
 from fanin_compile.graph import PipelineResult
 from tests.compile_support import (
     MLP,
+    any_type,
     assert_equals_dense,
     compiled,
     fan_in_mask,
@@ -54,7 +55,7 @@ def test_in_place_operations_around_layers() -> None:
             super().__init__()
             self.a, self.b = sparse_linear(64, 64, 6), sparse_linear(64, 64, 6, seed=1)
             self.relu = nn.ReLU(inplace=True)
-            self.register_buffer("total", torch.zeros(64))
+            self.total = nn.Buffer(torch.zeros(64))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             h = self.relu(self.a(x))
@@ -114,10 +115,10 @@ def test_a_weight_the_graph_writes_to_is_no_constant() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a = sparse_linear(64, 32, 6)
-            self.register_buffer("w", sparse_weight(32, 64, 6))
+            self.w = nn.Buffer(sparse_weight(32, 64, 6))
 
         def forward(self, x: Tensor) -> Tensor:
-            y = F.linear(x, self.w) + self.a(x)
+            y: Tensor = F.linear(x, self.w) + self.a(x)
             self.w.view(-1).mul_(0.5)
             return y
 
@@ -222,7 +223,7 @@ def test_autocast_gives_the_dtype_of_eager(where: str) -> None:
 
 def test_autocast_switched_off_where_it_is_off_changes_nothing() -> None:
     class Model(MLP):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x)
 
@@ -230,9 +231,9 @@ def test_autocast_switched_off_where_it_is_off_changes_nothing() -> None:
 
 
 def test_autocast_of_a_condensed_model() -> None:
-    model, x = nn.Sequential(sparse_linear(64, 32, 6), nn.Conv1d(1, 2, 3)), randn(5, 1, 64)
+    model, x = any_type(nn.Sequential(sparse_linear(64, 32, 6), nn.Conv1d(1, 2, 3))), randn(5, 1, 64)
     with torch.no_grad():
-        model[1].weight[0] = 0  # type: ignore[index, operator]
+        model[1].weight[0] = 0
     condensed = fanin_compile.condense(model)
     f = compiled(condensed)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,13 @@ def _layer(*, batch: int = 1, nnz: int = 1000, op: str = "linear") -> Layer:
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and a measurement that costs nothing."""
     file = tmp_path / "rates.json"
     monkeypatch.setattr(cost, "_cache_file", lambda threads: file)
     monkeypatch.setattr(cost, "measure", lambda threads: dataclasses.replace(RATES, threads=threads))
     cost.host_rates.cache_clear()
-    yield file  # type: ignore[misc]
+    yield file
     cost.host_rates.cache_clear()
 
 

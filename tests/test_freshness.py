@@ -26,12 +26,12 @@ def test_unchanged_is_fresh_and_other_arguments_play_no_part() -> None:
     assert watch.fresh(args)
 
 
-SEEN: dict[str, Callable[[nn.Parameter], nn.Parameter | None]] = {
+SEEN: dict[str, Callable[[nn.Parameter], object]] = {
     "other object": lambda p: nn.Parameter(p.detach().clone()),
     "same storage, other object": lambda p: nn.Parameter(p.detach()),
     ".data =": lambda p: setattr(p, "data", p.detach().clone()),
-    "in place": lambda p: p.detach().mul_(1.0),  # type: ignore[return-value, func-returns-value]
-    "swapped": lambda p: torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone())),  # type: ignore[func-returns-value]
+    "in place": lambda p: p.detach().mul_(1.0),
+    "swapped": lambda p: torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone())),
 }
 
 
@@ -85,11 +85,12 @@ def test_contents_tells_any_two_contents_apart(dtype: torch.dtype, seed: int, tr
     assert watch.fresh(args)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(30, generator=generator)
-    for write in (
+    writes: tuple[Callable[[Tensor], object], ...] = (
         lambda t: t.data.neg_(),
         lambda t: t.data.copy_(t.reshape(-1)[order].view(t.shape)),
         lambda t: t.data[0, 0].add_(1),
-    ):
+    )
+    for write in writes:
         before = weight.clone()
         write(weight)
         assert watch.fresh(args) == torch.equal(weight, before)

@@ -41,7 +41,7 @@ def run(
     ctx = ctx or context(gm)
     with torch.no_grad():
         expected = gm(*inputs)
-        result = PassResult()
+        actual, result = expected, PassResult()
         for run_pass in (find_masked_layers, *passes):
             result = run_pass(gm, ctx)
             gm.graph.eliminate_dead_code()

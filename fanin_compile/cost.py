@@ -5,8 +5,9 @@ A layer of `nnz` active weights out of out x in, on `batch` positions, is estima
     dense      batch * out * in / dense_rate(batch)
     condensed  batch * nnz / condensed_rate(batch)
 
-with rates in multiply-adds per nanosecond, measured on one reference layer at a few batch sizes and thread counts and
-interpolated in log(batch). Both sides are rates of useful work, so padding, packing and dispatch are in them.
+with rates in multiply-adds per nanosecond. Those of linears are measured on one layer at a few batch sizes and
+interpolated in log(batch); those of convolutions on a pointwise and on a 3x3 layer of ResNet-50. Both sides are rates
+of useful work, so padding, packing and dispatch are in them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fanin_compile import ops, timing
+from fanin_compile import ops, ops_conv, timing  # noqa: F401  (ops_conv defines the operator called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels import build
 from fanin_compile.records import Layer, Skip
@@ -35,41 +36,48 @@ from fanin_compile.records import Layer, Skip
 log = logging.getLogger("fanin_compile")
 
 BATCHES = (1, 4, 16, 64, 256)
-REFERENCE = (
-    1024,
-    1024,
-    0.9,
-)  # out, in, sparsity: leaves L2 as a dense weight, so that its traffic is in the rate
+REFERENCE = (1024, 1024)  # out, in: leaves L2 as a dense weight, so that its traffic is in the rate
+CONVOLUTIONS = ((128, 512, 1, 28), (128, 128, 3, 28))  # out, in, kernel, output height and width
+SPARSITY = 0.9
 MARGIN = 0.95  # a layer is condensed if it is estimated to take less than this share of the dense time
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiply-adds per nanosecond of linear layers at BATCHES, for one number of threads."""
+    """Multiply-adds per nanosecond for one number of threads: of linears at BATCHES, of CONVOLUTIONS in order."""
 
     threads: int
     dense: tuple[float, ...]
     condensed: tuple[float, ...]
+    conv_dense: tuple[float, ...]
+    conv_condensed: tuple[float, ...]
 
     @classmethod
     def parse(cls, stored: Mapping[str, Any]) -> Rates:
         """The inverse of asdict(); ValueError, KeyError or TypeError for anything else."""
-        sides = [tuple(map(float, stored[side])) for side in ("dense", "condensed")]
-        if any(len(side) != len(BATCHES) or min(side) <= 0 for side in sides):
-            raise ValueError(f"rates are {sides}, expected {len(BATCHES)} positive numbers each")
-        return cls(int(stored["threads"]), *sides)
+        lengths = {
+            "dense": len(BATCHES),
+            "condensed": len(BATCHES),
+            "conv_dense": len(CONVOLUTIONS),
+            "conv_condensed": len(CONVOLUTIONS),
+        }
+        sides = {side: tuple(map(float, stored[side])) for side in lengths}
+        if any(len(sides[side]) != length or min(sides[side]) <= 0 for side, length in lengths.items()):
+            raise ValueError(f"rates are {sides}, expected {lengths} positive numbers")
+        return cls(int(stored["threads"]), **sides)
 
     def dense_us(self, layer: Layer) -> float:
-        return layer.dense_macs / _interpolate(self.dense, layer.batch) / 1e3
+        return layer.dense_macs / _rate(layer, self.dense, self.conv_dense) / 1e3
 
     def condensed_us(self, layer: Layer) -> float:
-        return layer.sparse_macs / _interpolate(self.condensed, layer.batch) / 1e3
+        return layer.sparse_macs / _rate(layer, self.condensed, self.conv_condensed) / 1e3
 
 
 def gate(layer: Layer) -> Skip | None:
     """Refuse a layer that the host's rates say would not gain, with both estimates in microseconds."""
-    if layer.op != "linear":
-        return Skip(layer.name, "no native convolution kernel yet", {"op": layer.op})
+    if layer.groups != 1:
+        # measured: oneDNN's depthwise kernels are memory bound, there is nothing to gain
+        return Skip(layer.name, "grouped convolutions are faster dense", {"groups": layer.groups})
     rates = host_rates(torch.get_num_threads())
     dense, condensed = rates.dense_us(layer), rates.condensed_us(layer)
     if condensed < MARGIN * dense:
@@ -103,34 +111,74 @@ def host_rates(threads: int) -> Rates:
 
 
 def measure(threads: int, seconds: float = 0.04) -> Rates:
-    """Time the reference layer dense and condensed at every batch size of BATCHES, the two sides interleaved."""
-    out, fan_in, sparsity = REFERENCE
-    generator = torch.Generator().manual_seed(0)
-    k = round((1 - sparsity) * fan_in)
-    scores = torch.rand(out, fan_in, generator=generator)
-    mask = torch.zeros(out, fan_in, dtype=torch.bool).scatter_(1, scores.topk(k).indices, True)
-    dense = torch.randn(out, fan_in, generator=generator) * mask
-    weight = CondensedWeight.from_dense(dense, mask)
-    plan = ops.gather_matmul_plan(weight.indices, weight.row_ptr, fan_in)
-    rates = []
+    """Time the reference layers dense and condensed, the two sides interleaved, `seconds` for each measurement."""
     with timing.threads(threads):
-        for batch in BATCHES:
-            x = torch.randn(batch, fan_in, generator=generator)
+        linears = [_linear_rates(batch, seconds) for batch in BATCHES]
+        convolutions = [_conv_rates(*shape, seconds) for shape in CONVOLUTIONS]
+    return Rates(threads, *_transposed(linears), *_transposed(convolutions))
 
-            def run_dense(x: Tensor = x) -> Tensor:
-                return F.linear(x, dense)
 
-            def run_condensed(x: Tensor = x) -> Tensor:
-                y: Tensor = torch.ops.fanin.gather_matmul(
-                    x, weight.values, weight.indices, weight.row_ptr, weight.rows, None, plan, out
-                )
-                return y
+def _transposed(pairs: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(dense for dense, _ in pairs), tuple(condensed for _, condensed in pairs)
 
-            times = timing.interleaved([run_dense, run_condensed], seconds)
-            macs = (batch * dense.numel(), batch * weight.nnz)
-            # the least: what else the host does meanwhile is not the layer's
-            rates.append(tuple(m / t.least for m, t in zip(macs, times, strict=True)))
-    return Rates(threads, *(tuple(side) for side in zip(*rates, strict=True)))
+
+def _linear_rates(batch: int, seconds: float) -> tuple[float, float]:
+    dense, weight = _masked(REFERENCE)
+    out, fan_in = REFERENCE
+    plan = ops.gather_matmul_plan(weight.indices, weight.row_ptr, fan_in)
+    x = torch.randn(batch, fan_in)
+    parts = (weight.values, weight.indices, weight.row_ptr, weight.rows)
+    return _rates(
+        lambda: F.linear(x, dense),
+        lambda: torch.ops.fanin.gather_matmul(x, *parts, None, plan, out),
+        batch * dense.numel(),
+        batch * weight.nnz,
+        seconds,
+    )
+
+
+def _conv_rates(out: int, channels: int, kernel: int, size: int, seconds: float) -> tuple[float, float]:
+    dense, weight = _masked((out, channels, kernel, kernel))
+    x, padding = torch.randn(1, channels, size, size), kernel // 2
+    parts = (weight.values, weight.indices, weight.row_ptr, weight.rows)
+    geometry = (list(weight.shape), [1, 1], [padding, padding], [1, 1], 1)
+    return _rates(
+        lambda: F.conv2d(x, dense, padding=padding),
+        lambda: torch.ops.fanin.gather_conv(x, *parts, None, *geometry),
+        size * size * dense.numel(),
+        size * size * weight.nnz,
+        seconds,
+    )
+
+
+def _masked(shape: tuple[int, ...]) -> tuple[Tensor, CondensedWeight]:
+    """A random weight of constant fan-in at SPARSITY."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).flatten(1)
+    k = round((1 - SPARSITY) * weight.shape[1])
+    columns = torch.rand(weight.shape, generator=generator).topk(k).indices
+    mask = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, columns, True)
+    dense = (weight * mask).view(shape)
+    return dense, CondensedWeight.from_dense(dense, mask.view(shape))
+
+
+def _rates(
+    dense: Callable[[], object],
+    condensed: Callable[[], object],
+    dense_macs: int,
+    sparse_macs: int,
+    seconds: float,
+) -> tuple[float, float]:
+    # the least: what else the host does meanwhile is not the layer's
+    a, b = (t.least for t in timing.interleaved([dense, condensed], seconds))
+    return dense_macs / a, sparse_macs / b
+
+
+def _rate(layer: Layer, linear: Sequence[float], convolutions: Sequence[float]) -> float:
+    if layer.op == "linear":
+        return _interpolate(linear, layer.batch)
+    pointwise = math.prod(layer.shape[2:]) == 1
+    return convolutions[0 if pointwise else 1]
 
 
 def _interpolate(rates: Sequence[float], batch: int) -> float:

@@ -20,6 +20,7 @@ class Layer:
     dense_bytes: int  # 0 for a further use of a weight already counted
     dense_macs: int
     batch: int  # output positions: leading dimensions of a linear's output, images times pixels of a convolution's
+    groups: int = 1
 
     @property
     def sparsity(self) -> float:

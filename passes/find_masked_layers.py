@@ -28,6 +28,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     add_constant,
+    bind_arguments,
     replace_node,
     size_hint,
     tensor_meta,
@@ -217,6 +218,7 @@ def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor, *, coun
         dense_bytes=0 if counted else weight.dense_nbytes,
         dense_macs=batch * math.prod(weight.shape),
         batch=batch,
+        groups=1 if site.op == "linear" else bind_arguments(site.node)["groups"],
     )
 
 

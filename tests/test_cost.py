@@ -15,11 +15,19 @@ from fanin_compile import cost
 from fanin_compile.cost import BATCHES, Rates
 from fanin_compile.records import Layer
 
-RATES = Rates(1, dense=(1.0, 2.0, 4.0, 8.0, 16.0), condensed=(1.0, 1.0, 1.0, 1.0, 1.0))
+RATES = Rates(
+    1,
+    dense=(1.0, 2.0, 4.0, 8.0, 16.0),
+    condensed=(1.0, 1.0, 1.0, 1.0, 1.0),
+    conv_dense=(2.0, 8.0),
+    conv_condensed=(1.0, 0.5),
+)
 
 
-def _layer(*, batch: int = 1, nnz: int = 1000, op: str = "linear") -> Layer:
-    return Layer("fc", op, (100, 100), (10, 10), nnz, 0, 40_000, batch * 10_000, batch)
+def _layer(
+    *, batch: int = 1, nnz: int = 1000, op: str = "linear", kernel: tuple[int, ...] = (), groups: int = 1
+) -> Layer:
+    return Layer("fc", op, (100, 100, *kernel), (10, 10), nnz, 0, 40_000, batch * 10_000, batch, groups)
 
 
 @pytest.fixture
@@ -36,6 +44,20 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 def test_estimates_in_microseconds() -> None:
     assert RATES.dense_us(_layer(batch=4)) == 4 * 10_000 / 2.0 / 1e3
     assert RATES.condensed_us(_layer(batch=4)) == 4 * 1000 / 1e3
+
+
+def test_convolutions_have_rates_of_their_own_by_kernel() -> None:
+    pointwise, spatial = (_layer(op="conv2d", kernel=kernel) for kernel in ((1, 1), (3, 3)))
+    assert RATES.dense_us(pointwise) == 10_000 / 2.0 / 1e3
+    assert RATES.dense_us(spatial) == 10_000 / 8.0 / 1e3
+    assert RATES.condensed_us(spatial) == spatial.sparse_macs / 0.5 / 1e3
+
+
+@pytest.mark.usefixtures("cache")
+def test_grouped_convolutions_stay_dense() -> None:
+    skip = cost.gate(_layer(op="conv2d", kernel=(3, 3), groups=4))
+    assert skip is not None
+    assert skip.values == {"groups": 4}
 
 
 @settings(max_examples=100)

@@ -79,7 +79,9 @@ def test_the_table_names_layers_sizes_and_reasons() -> None:
 
 
 def test_the_cost_gate_gives_both_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "host_rates", lambda threads: cost.Rates(threads, (10.0,) * 5, (5.0,) * 5))
+    monkeypatch.setattr(
+        cost, "host_rates", lambda t: cost.Rates(t, (10.0,) * 5, (5.0,) * 5, (9.0,) * 2, (9.0,) * 2)
+    )
     model = nn.Linear(64, 64)
     prune.random_unstructured(model, "weight", 0.02)
     (layer,) = explain(model, randn(256, 64)).layers

@@ -71,32 +71,48 @@ FANIN_INLINE float sum(v8 a) {
   return q[0] + q[1];
 }
 
-// The last `left` < 8 products of a row. Reads whole vectors where the arrays go on that far, and masks them.
 template <class V, class I>
-FANIN_INLINE v8 tail(const V* w, const I* c, const float* x, int64_t left, bool goes_on) {
-  if (goes_on) {
-    const Vec<int32_t, 8> lane = {0, 1, 2, 3, 4, 5, 6, 7}, used = lane < static_cast<int32_t>(left);
-    return keep<8>(used, widen<8>(w)) * keep<8>(used, gather(x, c));
-  }
-  v8 products{};
-  for (int64_t i = 0; i < left; ++i) products[i] = widen1(w + i) * x[c[i]];
-  return products;
+FANIN_INLINE v8 dot(const V* w, const I* c, const float* x, int64_t count) {
+  v8 acc{};
+  for (int64_t j = 0; j < count; j += 8) acc += widen<8>(w + j) * gather(x, c + j);
+  return acc;
+}
+
+// Eight products, those outside `used` dropped: whatever the arrays hold there, columns of a next row above all.
+template <class V, class I>
+FANIN_INLINE v8 masked(const V* w, const I* c, const float* x, Vec<int32_t, 8> used) {
+  return keep<8>(used, widen<8>(w)) * keep<8>(used, gather(x, c));
 }
 
 template <class V, class I>
 void rows(const Linear& op, const float* x, int64_t first, int64_t last, float* sums) {
   const V* values = static_cast<const V*>(op.values);
   const I* columns = static_cast<const I*>(op.indices);
-  const int32_t* row_ptr = op.row_ptr;
+  const Vec<int32_t, 8> lane = {0, 1, 2, 3, 4, 5, 6, 7};
   const int64_t nnz = op.begin(op.n), k = op.k;
-  for (int64_t r = first; r < last; ++r) {
-    const int64_t p = row_ptr ? row_ptr[r] : r * k, count = row_ptr ? row_ptr[r + 1] - p : k;
+  int64_t r = first;
+  if (const int64_t whole = k & -8; !op.row_ptr && k > 0 && nnz >= whole + 8) {
+    // Constant fan-in: everything about the tail is known. Up to the last row after which eight elements can be read.
+    const Vec<int32_t, 8> used = lane < static_cast<int32_t>(k - whole);
+    const int64_t safe = (nnz - whole - 8) / k + 1;
+    const V* w = values + r * k;
+    const I* c = columns + r * k;
+    for (const int64_t stop = last < safe ? last : safe; r < stop; ++r, w += k, c += k) {
+      v8 acc = dot(w, c, x, whole);
+      if (k > whole) acc += masked(w + whole, c + whole, x, used);
+      sums[r - first] = sum(acc);
+    }
+  }
+  for (; r < last; ++r) {
+    const int64_t p = op.begin(r), count = op.begin(r + 1) - p, whole = count & -8;
     const V* w = values + p;
     const I* c = columns + p;
-    v8 acc{};
-    int64_t j = 0;
-    for (; j + 8 <= count; j += 8) acc += widen<8>(w + j) * gather(x, c + j);
-    if (j < count) acc += tail(w + j, c + j, x, count - j, p + j + 8 <= nnz);
+    v8 acc = dot(w, c, x, whole);
+    if (p + whole + 8 <= nnz) {
+      if (count > whole) acc += masked(w + whole, c + whole, x, lane < static_cast<int32_t>(count - whole));
+    } else {
+      for (int64_t j = whole; j < count; ++j) acc[j - whole] += widen1(w + j) * x[c[j]];
+    }
     sums[r - first] = sum(acc);
   }
 }

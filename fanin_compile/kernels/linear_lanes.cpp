@@ -28,6 +28,9 @@ void pack(const Linear& op, int64_t lane, int64_t lanes, int vectors, int64_t c0
       rows[i] = g + i < lanes ? static_cast<const X*>(op.x) + (lane + g + i) * op.x_stride + c0 : zeros<X>();
     int64_t c = 0;
     for (; c + kPiece <= c1 - c0; c += kPiece) {
+      constexpr int64_t kLine = 64 / sizeof(X);               // so many rows at once are too many streams for the hardware
+      if (c % kLine == 0)
+        for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(rows[i] + c + 2 * kLine);
       vf v[kPiece];
       for (int i = 0; i < kPiece; ++i)
         v[i] = gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(rows[b * kPiece + i] + c); });
@@ -107,14 +110,14 @@ void run(const V* values, const I* columns, const Visit* visit, int64_t visits, 
     // Runs are short (a cache line or two) and in the order of counts, which hardware prefetchers do not follow.
     const Visit& ahead = visit[Plan::kAhead];
     __builtin_prefetch(values + ahead.start);
-    __builtin_prefetch(values + ahead.start + ahead.count);
     __builtin_prefetch(columns + ahead.start);
     for (int t = 0; t < kStride; t += 16) __builtin_prefetch(y + ahead.row * kStride + t, 1);
 
     const V* w = values + visit->start;
     const I* c = columns + visit->start;
     int left = visit->count;
-    Sums<T> sums(y + visit->row * kStride);
+    float* out = y + visit->row * kStride;
+    Sums<T> sums(out);
     for (; left >= 12; left -= 12, w += 12, c += 12) {
       sums.add4(w, c, x);
       sums.add4(w + 4, c + 4, x);
@@ -127,7 +130,7 @@ void run(const V* values, const I* columns, const Visit* visit, int64_t visits, 
       w += 2, c += 2;
     }
     if (left & 1) sums.add1(P - 1, w, c, x);
-    sums.store(y + visit->row * kStride);
+    sums.store(out);
   }
 }
 

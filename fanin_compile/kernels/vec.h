@@ -74,6 +74,12 @@ FANIN_INLINE Vec<float, N> widen(const float* p) { return load_raw<Vec<float, N>
 
 template <int N>
 FANIN_INLINE Vec<float, N> widen(const bf16* p) {
+#if defined(__AVX2__)                                          // the compiler converts in two halves
+  if constexpr (N == 8)
+    return (Vec<float, N>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_raw<__m128i>(p)), 16);
+  if constexpr (N == 4)
+    return (Vec<float, N>)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16);
+#endif
   const auto h = load_raw<Vec<uint16_t, N>>(p);
   return (Vec<float, N>)(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);
 }

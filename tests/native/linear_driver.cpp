@@ -36,7 +36,8 @@ struct Floats {
 };
 
 struct Case {
-  int64_t n, in, out, batch;
+  int64_t n, in, out, batch, k;
+  bool constant;                                              // without row_ptr
   std::vector<int32_t> row_ptr{0}, rows, columns;
 };
 
@@ -44,13 +45,13 @@ Case random_case() {
   Case c;
   c.n = pick({0, 1, 7, 63, 100, 385, 800}), c.in = pick({1, 7, 63, 100, 225, 500, 2000});
   c.batch = pick({1, 2, 7, 8, 9, 16, 31, 33, 64});
-  const bool constant = rng() % 2, ablated = rng() % 2;
-  const int64_t k = std::min(c.in, pick({0, 1, 3, 20, c.in}));
+  c.constant = rng() % 2, c.k = std::min(c.in, pick({0, 1, 3, 20, c.in}));
+  const bool ablated = rng() % 2;
   std::vector<int32_t> all(c.in);
   for (int64_t i = 0; i < c.in; ++i) all[i] = static_cast<int32_t>(i);
   c.out = 0;
   for (int64_t r = 0; r < c.n; ++r) {
-    const int64_t count = constant ? k : static_cast<int64_t>(rng() % (k + 1));
+    const int64_t count = c.constant ? c.k : static_cast<int64_t>(rng() % (c.k + 1));
     std::shuffle(all.begin(), all.end(), rng);
     std::sort(all.begin(), all.begin() + count);
     c.columns.insert(c.columns.end(), all.begin(), all.begin() + count);
@@ -75,10 +76,11 @@ double worst_excess(const Case& c) {
     for (int64_t i = 0; i < nnz; ++i) reinterpret_cast<decltype(zero)*>(columns.data())[i] = static_cast<decltype(zero)>(c.columns[i]);
   });
   std::vector<int32_t> plan(Plan::size(c.n, c.in));
-  if (!build_plan(plan.data(), columns.data(), index_type, c.row_ptr.data(), c.n, 0, c.in)) return INFINITY;
+  const int32_t* row_ptr = c.constant ? nullptr : c.row_ptr.data();
+  if (!build_plan(plan.data(), columns.data(), index_type, row_ptr, c.n, c.k, c.in)) return INFINITY;
 
   Linear op{};
-  op.x = x.bytes.data(), op.values = values.bytes.data(), op.indices = columns.data(), op.row_ptr = c.row_ptr.data();
+  op.x = x.bytes.data(), op.values = values.bytes.data(), op.indices = columns.data(), op.row_ptr = row_ptr, op.k = c.k;
   static const int32_t no_rows = 0;                           // an empty vector's data() may be null, which means identity
   op.rows = c.rows.empty() ? &no_rows : c.rows.data(), op.bias = bias.bytes.data(), op.residual = residual.bytes.data(), op.plan = plan.data();
   op.y = y.data(), op.batch = c.batch, op.in = c.in, op.out = c.out, op.n = c.n, op.x_stride = stride;

@@ -58,21 +58,21 @@ def test_accumulated_micro_batches_choose_as_the_whole_batch_does(grad_steps: in
 
 
 def test_the_recorded_gradient_is_the_dense_one_summed_over_the_window() -> None:
-    model, optimizer, sparse = start(F64, grad_steps=2, delta_t=5)
+    """Three steps of two micro-batches before the update at step 5."""
+    model, optimizer, sparse = start(F64, grad_steps=3, delta_t=5)
     layer = sparse.layers[0]
     dense: list[torch.Tensor] = []
     layer.param.register_hook(lambda g: dense.append(g.clone()))
     for step in range(5):
         optimizer.zero_grad()
-        if step == 4:
-            assert layer.earlier is not None
         accumulate(model, step, 2)
-        if step == 2:
+        if step == 1:
             assert layer.gradient is None, "nothing is recorded outside the window"
             dense.clear()
         if step == 4:
             assert layer.gradient is not None
             assert layer.earlier is not None
+            assert len(dense) == 6
             torch.testing.assert_close(layer.gradient + layer.earlier, sum(dense))
         optimizer.step()
         sparse.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,14 +57,30 @@ def test_ablation_never_leaves_fewer_neurons_than_can_hold_the_weights() -> None
     assert new.sum(dim=1).tolist() == [3, 3, 0]
 
 
-def test_an_ablated_neuron_comes_back_by_its_gradient_and_the_others_give_their_smallest() -> None:
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+def test_an_ablated_neuron_comes_back_by_its_gradient_and_the_others_give_their_smallest(
+    order: list[int],
+) -> None:
     weight = torch.tensor([[5.0, 6.0, 7.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
+    weight[0] = weight[0, order]
     gradient = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 3.0, 1.0]])
     # keep 3, prune 1; k' = 4 // 2, so that the first neuron keeps its two largest: 7 and 8
     new = constant_fan_in_update(
         weight, gradient, weight != 0, fraction=0.25, active_weights=4, min_salient=1.0
     )
-    assert new.int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]
+    assert sorted(weight[0][new[0]].tolist()) == [7.0, 8.0]
+    assert new[1].int().tolist() == [0, 1, 1, 0]
+
+
+def test_a_weight_large_in_both_ways_is_one_salient_weight() -> None:
+    """The second neuron's only salient weight has the largest gradient too: still one, where two are asked."""
+    weight = torch.tensor([[5.0, 6.0, 0.0, 0.0], [9.0, 0.1, 0.0, 0.0]])
+    gradient = torch.tensor([[0.0, 0.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]])
+    # keep 3 (9, 6, 5), prune 1 (8, which belongs to the 9)
+    new = constant_fan_in_update(
+        weight, gradient, weight != 0, fraction=0.25, active_weights=4, min_salient=2.0
+    )
+    assert new.any(dim=1).tolist() == [True, False]
 
 
 def test_an_active_weight_of_exactly_zero_ranks_above_inactive_ones() -> None:

@@ -64,5 +64,4 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: Fraction, power: float = 
         over = [name for name in sparse if eps * raw[name] > 1]
         if not over:
             return {name: Fraction(1) if name in dense else eps * raw[name] for name in shapes}
-        # One layer at a time, the densest first: setting it dense changes eps for the rest.
-        dense.add(max(over, key=lambda name: raw[name]))
+        dense.update(over)  # all at once: each that goes raises eps, so that the others stay over

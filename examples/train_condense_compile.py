@@ -34,7 +34,8 @@ for epoch in range(EPOCHS):
         loss.backward()
         optimizer.step()
         srigl.step()
-    print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+    with torch.no_grad():
+        print(f"epoch {epoch + 1}: loss {F.cross_entropy(model(data.train_x), data.train_y).item():.3f}")
 srigl.finalize()
 model.eval()
 

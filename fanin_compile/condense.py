@@ -63,8 +63,8 @@ def condense(
     their own, stay as they are; `fanin_compile.explain` names each with the reason.
 
     With `example_inputs` the whole model is exported in eval mode instead and comes back as a GraphModule for
-    inference: ablated neurons are removed across layers, batch norms folded, activations fused. A model that cannot be exported
-    gets its layers swapped, with a warning.
+    inference: ablated neurons are removed across layers, batch norms folded, activations fused. A model that cannot
+    be exported gets its layers swapped, with a warning.
 
     Args:
         masks: masks by parameter or module name, combined with those the model carries (see fanin_compile.mask).
@@ -228,8 +228,8 @@ def _only_pruning_hooks(module: nn.Module) -> Iterator[None]:
 def _plain(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     for kind, convolution in _CONVS.items():
         if isinstance(module, kind):
-            stride, padding, dilation = module.stride, module.padding, module.dilation
-            y: Tensor = convolution(x, weight, bias, stride, padding, dilation, module.groups)
+            conv: Any = module
+            y: Tensor = convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
             return y
     return F.linear(x, weight.t() if transposed else weight, bias)
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.node import map_arg
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
@@ -388,7 +389,7 @@ class Evaluator:
                 self._gm.meta.setdefault(_READ, set()).add(str(node.target))
                 self._values[node] = attr_tensor(self._gm, str(node.target))
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
+                args, kwargs = map_arg((node.args, node.kwargs), self._value)
                 assert callable(node.target)
                 with torch.no_grad(), unset_fake_temporarily(), torch._C._DisableAutocast():
                     self._values[node] = node.target(*args, **kwargs)

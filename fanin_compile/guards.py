@@ -65,8 +65,8 @@ def discount_dropped_graphs() -> None:
     """
     if not compiling():
         return
-    code = InstructionTranslator.current_tx().output.root_tx.f_code
-    for entry in _debug_get_cache_entry_list(code):
+    root = InstructionTranslator.current_tx().output.root_tx
+    for entry in () if root is None else _debug_get_cache_entry_list(root.f_code):
         manager = entry.guard_manager
         if isinstance(manager, DeletedGuardManagerWrapper):
             manager.id_matched_objs.setdefault("", _ELSEWHERE)

@@ -245,7 +245,8 @@ class _GatherMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         x, values, indices, row_ptr, rows, bias, plan, residual = ctx.saved_tensors
         wants_x, wants_values, wants_bias, wants_residual, _ = ctx.needs_input_grad
         if ctx.activation != "none":

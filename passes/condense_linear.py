@@ -18,6 +18,7 @@ from fanin_compile.graph import (
     CondensedNodes,
     Context,
     PassResult,
+    bind_arguments,
     kernel_refuses,
     replace_node,
 )
@@ -33,7 +34,8 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
         layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
         if layer is None or weight is None:
             continue
-        x, dense, bias = (*node.args, None)[:3]
+        bound = bind_arguments(node)
+        x, dense, bias = bound["input"], bound["weight"], bound["bias"]
         refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)
         if refusal is not None:
             skipped.append(refusal)

@@ -18,6 +18,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from fanin_compile.channels import BINARY, MAX_POOLS, POINTWISE, SAME_VALUE, SPATIAL_MEANS, channel_dim
 from fanin_compile.condensed import CondensedWeight
@@ -204,7 +205,7 @@ def _select(
 
 def _renew_value(graph: fx.Graph, node: fx.Node) -> None:
     """Recompute node.meta["val"] from its arguments' values, after those changed their shapes."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     function: Any = node.target
     with fake_mode(graph) or nullcontext(), torch.no_grad():
         node.meta["val"] = function(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import fanin_compile
 from fanin_compile.graph import PipelineResult
@@ -296,9 +297,13 @@ def test_attention_with_masks_of_another_kind() -> None:
     assert _layers(results) == {"attend.k_proj_weight"}
 
 
+def _doubled(module: nn.Module, args: object, output: Any) -> Any:
+    return output * 2
+
+
 def test_forward_hooks_run() -> None:
     model, x = MLP(), randn(5, 64)
-    model.a.register_forward_hook(lambda module, args, output: output * 2)
+    model.a.register_forward_hook(_doubled)
     with recorded() as compilations:
         torch.testing.assert_close(compiled(model)(x), model(x))
     assert rewritten(compilations) == [{"a", "b"}]
@@ -318,7 +323,7 @@ def test_a_condition_on_data() -> None:
 def test_a_checkpointed_part_is_left_with_a_warning() -> None:
     class Model(MLP):
         def forward(self, x: Tensor) -> Tensor:
-            h = torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=False)
+            h = checkpoint(self.a, x, use_reentrant=False)
             y: Tensor = self.b(h)
             return y
 

@@ -202,7 +202,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def masks_after(**options: Any) -> dict[str, Tensor]:
     model = mlp(16, 32, 24, 6)
-    sparse = srigl(model, **({"gamma_sal": 0.9} | options))
+    chosen: dict[str, Any] = {"gamma_sal": 0.9} | options
+    sparse = srigl(model, **chosen)
     train(model, sparse.optimizer, sparse, 20)
     return {layer.name: layer.mask for layer in sparse.layers}
 

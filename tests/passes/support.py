@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fanin_compile.export import _drop_asserts
 from fanin_compile.graph import Context, Pass, PassResult, tensor_meta
@@ -64,11 +65,11 @@ def run(
 
 def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
     (output,) = gm.graph.find_nodes(op="output")
-    return [node for node in torch.utils._pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
+    return [node for node in pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
 
 
 def _leaves(value: object) -> list[Tensor]:
-    return list(torch.utils._pytree.tree_leaves(value))
+    return list(pytree.tree_leaves(value))
 
 
 def calls(gm: fx.GraphModule, target: Callable[..., object]) -> list[fx.Node]:

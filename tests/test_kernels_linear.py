@@ -176,6 +176,15 @@ def test_a_plan_is_an_in_place_copy_away_from_another_of_its_shape() -> None:
     assert torch.equal(y, check(second, x))
 
 
+def test_x_of_another_width_is_refused_with_and_without_a_plan() -> None:
+    weight = random_condensed(30, 300, 30)
+    plan = ops.gather_matmul_plan(weight.indices, None, 300)
+    for batch in (1, 3):
+        for planned in (plan, None):
+            with pytest.raises(ValueError, match="20"):
+                ops.gather_matmul(torch.randn(batch, 20), weight.values, weight.indices, plan=planned)
+
+
 def test_columns_out_of_range_or_order_have_no_plan() -> None:
     for columns, width in (([[0, 600]], 600), ([[500, 3]], 600)):
         with pytest.raises(ValueError, match="in_features = 600"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def run_driver(tmp_path: Path, flags: tuple[str, ...], cases: int) -> str:
     """Build the driver, run so many random cases, return what it printed; it exits with 1 at a wrong one."""
     binary = tmp_path / "driver"
     command = [
-        build.toolchain().compiler,
+        *shlex.split(build.toolchain().compiler),
         "-std=c++20",
         "-march=native",
         "-ffp-contract=fast",
@@ -40,7 +41,7 @@ def test_every_vector_width_is_right_on_this_host(tmp_path: Path, vec_bytes: int
 def test_no_read_or_write_outside_the_arrays_and_no_undefined_behaviour(tmp_path: Path) -> None:
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
-    command = [build.toolchain().compiler, *SANITIZE, str(probe), "-o", str(tmp_path / "probe")]
+    command = [*shlex.split(build.toolchain().compiler), *SANITIZE, str(probe), "-o", str(tmp_path / "probe")]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("the compiler has no libasan or libubsan")
     assert run_driver(tmp_path, ("-O1", *SANITIZE), 200).startswith("200 cases")

@@ -194,15 +194,22 @@ Tensor gather_matmul_variant(const Tensor& x, const Tensor& values, const Tensor
   op.residual = residual ? res.const_data_ptr() : nullptr;
   op.y = y.mutable_data_ptr(), op.act = act_of(activation);
 
+  const int64_t plan_size = fanin::Plan::size(op.n, op.in);
+  TORCH_CHECK_VALUE(!plan || plan->numel() == plan_size, "fanin: x has ", op.in, " features; the plan of ", op.n,
+                    " rows is not one for so many");
+  op.plan = ints(plan, plan_size, "plan");
+  if (op.plan && !fanin::plan_fits(op.plan, op.n, op.in, shape.nnz)) op.plan = nullptr;
+
   const int64_t work = op.batch * shape.nnz;
   const Variant& variant = variant_for(op.batch, name);
   if (variant.vectors == 0) {
+    TORCH_CHECK_VALUE(op.plan || fanin::columns_below(op.indices, op.index_type, op.row_ptr, op.n, op.k, op.in),
+                      "fanin: x has ", op.in, " features, fewer than a column of the weight needs");
     run_dot(op, work);
     return y;
   }
   Tensor built;
-  op.plan = ints(plan, fanin::Plan::size(op.n, op.in), "plan");
-  if (!op.plan || !fanin::plan_fits(op.plan, op.n, op.in, shape.nnz)) {
+  if (!op.plan) {
     built = plan_cpu(c, row_ptr, op.in);
     op.plan = built.const_data_ptr<int32_t>();
   }

@@ -79,6 +79,9 @@ bool build_plan(int32_t* plan, const void* indices, IType type, const int32_t* r
 // Whether plan was built for this very structure size by this version.
 bool plan_fits(const int32_t* plan, int64_t n, int64_t in, int64_t nnz);
 
+// Whether the last column of every row, the largest of ascending ones, is below in: what a call without a plan can check.
+bool columns_below(const void* indices, IType type, const int32_t* row_ptr, int64_t n, int64_t k, int64_t in);
+
 // A tile is up to max_vectors() vectors of vector_lanes() consecutive batch rows, computed together over up to kTileRows
 // condensed rows.
 int64_t vector_lanes();

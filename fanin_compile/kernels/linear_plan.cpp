@@ -59,6 +59,18 @@ bool build_plan(int32_t* plan, const void* indices, IType type, const int32_t* r
   });
 }
 
+bool columns_below(const void* indices, IType type, const int32_t* row_ptr, int64_t n, int64_t k, int64_t in) {
+  return with_itype(type, [&](auto zero) {
+    const auto* columns = static_cast<const decltype(zero)*>(indices);
+    bool below = true;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t first = row_ptr ? row_ptr[r] : r * k, end = row_ptr ? row_ptr[r + 1] : first + k;
+      below = below && (end == first || int64_t{columns[end - 1]} < in);
+    }
+    return below;
+  });
+}
+
 bool plan_fits(const int32_t* plan, int64_t n, int64_t in, int64_t nnz) {
   return plan[0] == Plan::kVersion && plan[1] == n && plan[2] == in && plan[3] == nnz;
 }

@@ -28,8 +28,10 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("FANIN_CACHE_DIR", str(tmp_path / "cache"))
     build.toolchain.cache_clear()
+    build._load_once.cache_clear()
     yield sources
     build.toolchain.cache_clear()
+    build._load_once.cache_clear()
 
 
 def test_a_library_is_built_once_and_found_again(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -42,6 +44,12 @@ def test_a_library_is_built_once_and_found_again(tiny: Path, caplog: pytest.LogC
     assert [file.suffix for file in sorted(first.parent.iterdir())] == [".lock", ".so"], (
         "left-overs of the build"
     )
+
+
+def test_one_process_loads_one_library_whatever_happens_to_the_sources(tiny: Path) -> None:
+    loaded = build.load()
+    (tiny / "tiny.cpp").write_text("int tiny() { return 44; }\n")
+    assert build.load() == loaded
 
 
 def test_the_key_covers_sources_flags_and_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,16 +173,16 @@ def _run(command: list[str]) -> None:
 
 
 @functools.cache
-def _load(path: Path) -> None:
+def _load_once() -> Path:
+    path = library_path()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}") from error
+    return path
 
 
 def load() -> Path:
-    """Build if needed and load the native kernels into this process; cheap to call again. Its path."""
+    """Build if needed and load the native kernels, once in a process; the path of the library."""
     with _load_lock:
-        path = library_path()
-        _load(path)
-        return path
+        return _load_once()

@@ -34,7 +34,7 @@ struct Phase {
 // Where the pixels of an image stand. A position is z * slice + y * pitch + x; output pixels and the input pixels of every
 // phase share this numbering, so that a tap is a constant distance and kLanes outputs are one unit-stride load.
 struct Layout {
-  bool direct;                  // x itself serves as the planes: pointwise, fp32, contiguous
+  bool pointwise;               // one tap, positions are pixels: the offset of a non-zero is its channel
   int64_t pitch, rows;          // positions in one row, rows in one slice
   Dims halo;                    // zero rows and columns in front of the image; those behind are shared with the next row
   std::vector<Phase> phases;
@@ -57,7 +57,7 @@ inline constexpr int64_t kMaxOffset = UINT16_MAX;
 inline constexpr int64_t kVisitsAhead = 4;      // runs whose weights are requested early
 
 // False if one channel's packed tile exceeds what offsets of 16 bits reach.
-bool make_layout(const Shape& shape, bool direct_allowed, Layout& layout);
+bool make_layout(const Shape& shape, Layout& layout);
 
 // Runs of one chunk and block in the order: whole rows, first runs of a row, middle runs, last runs; each part by count.
 struct Stage {

@@ -93,7 +93,6 @@ struct Request {
   const Tensor& indices;
   conv::Structure structure;
   conv::Shape shape;
-  bool direct_allowed;
   int64_t batch, threads;
 
   // Parts into which the rows are cut, so that all threads have work: packing is repeated in each.
@@ -108,7 +107,6 @@ struct Request {
 struct Entry {
   Fingerprint indices;
   std::vector<int32_t> row_ptr, rows;
-  bool direct_allowed;
   int64_t split;
   std::shared_ptr<const conv::Plan> plan;
 
@@ -118,7 +116,7 @@ struct Entry {
     };
     return indices.storage._unsafe_get_target() == r.indices.storage().unsafeGetStorageImpl() &&
            indices.count == r.indices.numel() && indices.type == r.indices.scalar_type() && indices.version == version &&
-           direct_allowed == r.direct_allowed && split == r.split(plan->layout) && plan->shape == r.shape &&
+           split == r.split(plan->layout) && plan->shape == r.shape &&
            same(row_ptr, r.structure.row_ptr, r.structure.n + 1) && same(rows, r.structure.rows, r.structure.n);
   }
 };
@@ -144,8 +142,8 @@ class Plans {
     std::erase_if(entries, [&](const Entry& e) { return e.indices.version != version || e.indices.storage.expired(); });
     if (entries.size() == kPlansPerWeight) entries.erase(entries.begin());
     entries.push_back({{r.indices.storage().getWeakStorageImpl(), key, r.indices.numel(), r.indices.scalar_type(), version},
-                       contents(r.structure.row_ptr, r.structure.n + 1), contents(r.structure.rows, r.structure.n),
-                       r.direct_allowed, r.split(plan->layout), plan});
+                       contents(r.structure.row_ptr, r.structure.n + 1), contents(r.structure.rows, r.structure.n), r.split(plan->layout),
+                       plan});
     return plan;
   }
 
@@ -162,7 +160,7 @@ class Plans {
   static std::shared_ptr<const conv::Plan> build(const Request& r) {
     conv::Layout layout;
     auto plan = std::make_shared<conv::Plan>();
-    if (!conv::make_layout(r.shape, r.direct_allowed, layout)) return nullptr;
+    if (!conv::make_layout(r.shape, layout)) return nullptr;
     const char* wrong = conv::build_plan(r.structure, r.shape, layout, r.split(layout), *plan);
     TORCH_CHECK_VALUE(!wrong, "fanin: indices or rows are ", wrong);
     return plan;
@@ -241,7 +239,6 @@ Tensor run(const Tensor& x, const Tensor& values, const Tensor& indices, const f
                         {ic.const_data_ptr(), ints(row_ptr, n + 1, "row_ptr"), ints(rows, n, "rows"), n,
                          row_ptr ? 0 : indices.size(1), itype_of(ic)},
                         conv::flatten_pointwise(shape),
-                        x_type == fanin::DType::f32 && !channels_last,
                         batch,
                         work < kWorthThreads ? 1 : at::get_num_threads()};
   const std::shared_ptr<const conv::Plan> plan = plans().find(request);

@@ -10,7 +10,9 @@ namespace {
 
 constexpr int64_t kChunkBytes = 28 << 10;       // x of one chunk and tile: with the sums of a row it stays in L1
 constexpr int64_t kPointwiseBytes = 56 << 10;   // a pointwise chunk has too few non-zeros a row for that: it stays in L2
-constexpr int64_t kUnitBytes = 192 << 10;       // x packed at a time: with the sums of a block it stays in L2
+constexpr int64_t kUnitBytes = 320 << 10;       // x packed at a time: with the sums of a block it stays in L2
+
+constexpr int64_t kLine = 64 / sizeof(float);
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +48,7 @@ Shape flatten_pointwise(const Shape& s) {
 
 int64_t Layout::first(int64_t tile) const { return tile * ceil_div(lanes, kLanes) / tiles; }
 
-bool make_layout(const Shape& s, bool direct_allowed, Layout& l) {
+bool make_layout(const Shape& s, Layout& l) {
   const Axis z = axis(s, 0), y = axis(s, 1), x = axis(s, 2);
   l = Layout{};
   l.halo = {z.halo, y.halo, x.halo};
@@ -76,8 +78,7 @@ bool make_layout(const Shape& s, bool direct_allowed, Layout& l) {
       }
   l.span = high - l.low;
 
-  const bool pointwise = s.taps() == 1 && l.span == 0;
-  l.direct = direct_allowed && pointwise && l.phases[0].at == Dims{} && s.in == s.out && l.lanes >= kLanes;
+  l.pointwise = s.taps() == 1 && s.in == s.out && l.lanes == s.pixels_out();
   const int64_t vectors = ceil_div(l.lanes, kLanes);
   l.images = s.paired && vectors <= kMaxTile / 2 ? 2 : 1;
   l.tiles = ceil_div(vectors, kMaxTile);
@@ -89,13 +90,15 @@ bool make_layout(const Shape& s, bool direct_allowed, Layout& l) {
     ++l.tiles_per_unit;
   l.units = ceil_div(l.tiles, l.tiles_per_unit);
   l.tiles_per_unit = ceil_div(l.tiles, l.units);
-  l.channel = packed(l.tiles_per_unit);
-  l.plane = l.channel / phases;
-  if (!l.direct && l.channel > kMaxOffset) return false;
+  l.plane = packed(l.tiles_per_unit) / phases;
+  // an odd number of cache lines, so that channels spread over all sets of L1
+  l.channel = ceil_div(packed(l.tiles_per_unit), kLine) * kLine;
+  if (l.channel / kLine % 2 == 0) l.channel += kLine;
+  if (!l.pointwise && l.channel > kMaxOffset) return false;
 
   const int64_t bytes = packed(1) * l.images * int64_t{sizeof(float)};
-  const int64_t reach = l.direct ? kMaxOffset : kMaxOffset / l.channel;
-  l.chunk = std::clamp<int64_t>((pointwise ? kPointwiseBytes : kChunkBytes) / bytes, 1, std::min(reach, s.in_channels));
+  const int64_t reach = l.pointwise ? kMaxOffset : kMaxOffset / l.channel;
+  l.chunk = std::clamp<int64_t>((l.pointwise ? kPointwiseBytes : kChunkBytes) / bytes, 1, std::min(reach, s.in_channels));
   l.chunk = ceil_div(s.in_channels, ceil_div(s.in_channels, l.chunk));
   return true;
 }

@@ -69,9 +69,13 @@ std::vector<Planes> planes_of(const Plan& plan, int64_t unit) {
 // lanes H, H + 2, ... of a and b: first inside 128-bit pieces, then pairs of lanes into their places
 template <int H, int... I>
 FANIN_INLINE vf every_other(vf a, vf b, std::integer_sequence<int, I...>) {
-  if constexpr (kLanes < 4) return __builtin_shufflevector(a, b, (2 * I + H)...);
-  const vf v = __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + H + I % 4 / 2 * kLanes)...);
-  return __builtin_shufflevector(v, v, (I / 2 * 2 < kLanes / 2 ? I / 2 * 4 + I % 2 : (I / 2 * 2 - kLanes / 2) * 2 + 2 + I % 2)...);
+  if constexpr (kLanes < 4) {
+    return __builtin_shufflevector(a, b, (2 * I + H)...);
+  } else {
+    constexpr int half = kLanes / 2;
+    const vf v = __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + H + I % 4 / 2 * kLanes)...);
+    return __builtin_shufflevector(v, v, (I < half ? I / 2 * 4 + I % 2 : (I - half) / 2 * 4 + 2 + I % 2)...);
+  }
 }
 
 // Copies may write up to a vector too much: what follows is written later, or is slack.

@@ -23,8 +23,8 @@ const char* cut(const Structure& st, const Shape& shape, const Layout& layout, c
   const int64_t rows_per_group = shape.out_channels / shape.groups, blocks = plan.blocks();
   std::vector<int32_t> tap(taps);
   for (int64_t t = 0; t < taps; ++t)
-    tap[t] = layout.direct ? 0 : static_cast<int32_t>(layout.tap_phase[t] * layout.plane + layout.tap[t] - layout.low);
-  const int64_t step = layout.direct ? 1 : layout.channel;
+    tap[t] = layout.pointwise ? 0 : static_cast<int32_t>(layout.tap_phase[t] * layout.plane + layout.tap[t] - layout.low);
+  const int64_t step = layout.pointwise ? 1 : layout.channel;
 
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t i = plan.block[block]; i < plan.block[block + 1]; ++i) {
@@ -76,8 +76,8 @@ const char* build_plan(const Structure& st, const Shape& shape, const Layout& la
   const int64_t blocks = split * ((n + kBlockRows * split - 1) / (kBlockRows * split));
   for (int64_t b = 0; b <= blocks; ++b) plan.block.push_back(b * n / std::max<int64_t>(blocks, 1));
   plan.stages.resize(blocks);
-  // an ungrouped pointwise layer on x itself: the index is the offset
-  if (!(layout.direct && shape.groups == 1 && st.type == IType::u16)) plan.offsets.resize(st.begin(st.n));
+  // the indices of an ungrouped pointwise layer are its offsets, from channel 0
+  if (!(layout.pointwise && shape.groups == 1 && st.type == IType::u16)) plan.offsets.resize(st.begin(st.n));
 
   const int64_t chunks = (shape.in_channels + layout.chunk - 1) / layout.chunk;
   std::vector<std::vector<Run>> runs(blocks * chunks);

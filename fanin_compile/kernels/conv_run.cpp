@@ -11,7 +11,7 @@
 namespace fanin::conv {
 namespace {
 
-// A tile is A vectors at p and B more at p + gap: the second image, or the last vector of a row that must not be overrun.
+// A tile is A vectors at p and B more at p + gap: of the second image, or the last vector, which may overlap the others.
 template <int A, int B>
 struct Sums {
   vf v[A + B];
@@ -138,70 +138,55 @@ int64_t scratch_floats(const Plan& plan, int64_t first_block, int64_t last_block
   const Layout& l = plan.layout;
   int64_t rows = 0;
   for (int64_t b = first_block; b < last_block; ++b) rows = std::max(rows, plan.block[b + 1] - plan.block[b]);
-  const int64_t planes = l.direct ? 0 : l.images * plan.shape.in_channels * l.channel;
-  return planes + rows * kMaxTile * kLanes + 4 * kLanes;
+  return l.images * plan.shape.in_channels * l.channel + rows * kMaxTile * kLanes + 4 * kLanes;
 }
 
 void run(const Op& op, int64_t image, int64_t images, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
   const Plan& plan = *op.plan;
   const Layout& l = plan.layout;
-  const int64_t channels = plan.shape.in_channels, pixels = plan.shape.pixels_in();
+  const int64_t planes = plan.shape.in_channels * l.channel;
   const int64_t tile0 = unit * l.tiles / l.units, tile1 = (unit + 1) * l.tiles / l.units;
-  const int64_t lane0 = l.first(tile0) * kLanes;
-  float* sums = scratch + (l.direct ? 0 : l.images * channels * l.channel + 2 * kLanes);
-  if (!l.direct)
-    for (int64_t i = 0; i < images; ++i) pack(op, image + i, unit, scratch + i * channels * l.channel);
+  for (int64_t i = 0; i < images; ++i) pack(op, image + i, unit, scratch + i * planes);
+
+  const bool absolute = plan.offsets.empty();   // offsets count from channel 0, not from the chunk's first
+  const bool finished = l.pointwise && images == 1 && l.lanes >= kLanes && !op.channels_last && op.x_type == DType::f32 &&
+                        (!op.bias || op.bias_type == DType::f32) && (op.act == Act::none || op.act == Act::relu);
+  Runs runs{};
+  runs.values = op.values;
+  runs.offsets = absolute ? op.offsets : plan.offsets.data();
+  runs.step = l.pointwise ? l.channel : 1;
+  runs.sums = scratch + l.images * planes + 2 * kLanes;
+  runs.pixels = plan.shape.pixels_out();
+  runs.bias = static_cast<const float*>(op.bias);
+  runs.floor = op.act == Act::relu ? 0.0f : -std::numeric_limits<float>::infinity();
 
   std::vector<Piece> pieces;
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const int64_t lane = l.first(tile) * kLanes, vectors = l.first(tile + 1) - l.first(tile);
-    const int64_t lanes = std::min(vectors * kLanes, l.lanes - lane), over = vectors * kLanes - lanes;
-    // On x itself nothing may be read behind the last image: there one run ends with a vector that overlaps the one before,
-    // and the second of two images starts `over` outputs early, in the first.
-    const bool tail = l.direct && images == 1 && over > 0;
-    const int64_t early = l.direct && images == 2 && image + 2 == op.batch ? over : 0;
-    Runs runs{};
-    runs.values = op.values;
-    runs.step = l.direct ? pixels : 1;
-    runs.gap = images == 2 ? (l.direct ? channels * pixels - early : channels * l.channel)
-                           : (vectors - 1) * kLanes - (tail ? over : 0);
-    runs.sums = sums;
-    // One image in place is one run of whole vectors: rows can be finished in registers.
-    const bool finished = l.direct && images == 1 && (op.act == Act::none || op.act == Act::relu) &&
-                          (!op.bias || op.bias_type == DType::f32);
-    if (finished) {
-      const int64_t at = image * plan.shape.out_channels * pixels + lane;
+    const int64_t lanes = std::min(vectors * kLanes, l.lanes - lane);
+    const float* x = scratch + (lane - l.first(tile0) * kLanes);
+    runs.gap = images == 2 ? planes : (finished ? lanes : vectors * kLanes) - kLanes;
+    if (finished) {                             // one image, its pixels in order: rows leave from registers
+      const int64_t at = image * plan.shape.out_channels * runs.pixels + lane;
       runs.y = static_cast<float*>(op.y) + at;
       runs.residual = op.residual ? static_cast<const float*>(op.residual) + at : nullptr;
-      runs.bias = static_cast<const float*>(op.bias);
-      runs.pixels = pixels;
-      runs.floor = op.act == Act::relu ? 0.0f : -std::numeric_limits<float>::infinity();
     }
-    const float* x = l.direct ? static_cast<const float*>(op.x) + image * channels * pixels + lane : scratch + (lane - lane0);
     const Kernel accumulate = with_dtype(op.value_type, [&](auto v) { return kernel<decltype(v)>(vectors, images); });
-    const int64_t stride = vectors * images * kLanes;
     for (int64_t block = first_block; block < last_block; ++block) {
+      runs.live = plan.live.data() + plan.block[block];
       for (const Stage& stage : plan.stages[block]) {
         runs.visit = plan.visits.data() + stage.begin;
         runs.whole = plan.visits.data() + stage.whole;
         runs.first = plan.visits.data() + stage.first;
         runs.middle = plan.visits.data() + stage.middle;
         runs.end = plan.visits.data() + stage.end;
-        const bool absolute = plan.offsets.empty();
-        runs.offsets = absolute ? op.offsets : plan.offsets.data();
-        runs.x = x + (absolute ? 0 : stage.channel * (l.direct ? pixels : l.channel));
-        runs.live = plan.live.data() + plan.block[block];
+        runs.x = x + (absolute ? 0 : stage.channel * l.channel);
         accumulate(runs);
       }
       for (int64_t i = 0; i < images && !finished; ++i) {
         pieces.clear();
-        if (tail) {
-          if (vectors > 1) pieces_of(plan, lane, lane + (vectors - 1) * kLanes, 0, pieces);
-          pieces_of(plan, lane + lanes - kLanes, lane + lanes, (vectors - 1) * kLanes, pieces);
-        } else {
-          pieces_of(plan, lane, lane + lanes, i * vectors * kLanes + (i ? early : 0), pieces);
-        }
-        store(op, image + i, pieces, sums, stride, plan.block[block], plan.block[block + 1]);
+        pieces_of(plan, lane, lane + lanes, i * vectors * kLanes, pieces);
+        store(op, image + i, pieces, runs.sums, vectors * images * kLanes, plan.block[block], plan.block[block + 1]);
       }
     }
   }

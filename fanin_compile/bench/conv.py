@@ -1,0 +1,146 @@
+"""`fanin bench conv`: condensed convolutions of ResNet-50's shapes against oneDNN's dense ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fanin_compile.bench.cases import constant_fan_in_mask
+from fanin_compile.bench.measure import DisagreementError
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.ops_conv import gather_conv
+from fanin_compile.timing import interleaved, threads
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A square layer with padding kernel // 2, of constant fan-in."""
+
+    fan_in_channels: int
+    out_channels: int
+    size: int
+    kernel: int
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        return (
+            f"{self.fan_in_channels}->{self.out_channels} {self.kernel}x{self.kernel}{stride} at {self.size}"
+        )
+
+    @property
+    def pixels(self) -> int:
+        """Of one output channel."""
+        return ((self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1) ** 2
+
+    def target(self, batch: int) -> float:
+        """The least ratio aimed at."""
+        return 2.0 if batch == 1 and self.size // self.stride <= 7 else 3.0
+
+
+RESNET50 = (
+    ConvCase(64, 64, 56, 3),
+    ConvCase(128, 128, 28, 3),
+    ConvCase(256, 256, 14, 3),
+    ConvCase(512, 512, 7, 3),
+    ConvCase(128, 128, 56, 3, 2),
+    ConvCase(256, 256, 28, 3, 2),
+    ConvCase(512, 512, 14, 3, 2),
+    ConvCase(64, 256, 56, 1),
+    ConvCase(256, 64, 56, 1),
+    ConvCase(512, 128, 28, 1),
+    ConvCase(1024, 256, 14, 1),
+    ConvCase(2048, 512, 7, 1),
+)
+
+
+@dataclass(frozen=True)
+class ConvRow:
+    """One case: median microseconds a call.
+
+    Attributes:
+        dense: the memory format in which dense was fastest.
+        ratio: dense_us / ours_us, x in the same contiguous format that ours reads.
+        ours_channels_last_us: of the same layer on a channels_last x.
+        macs_per_ns: useful multiply-adds, over all threads.
+    """
+
+    name: str
+    batch: int
+    threads: int
+    dense_us: float
+    dense: str
+    ours_us: float
+    ours_channels_last_us: float
+    macs_per_ns: float
+    target: float
+
+    @property
+    def ratio(self) -> float:
+        return self.dense_us / self.ours_us
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def bench_conv(
+    *,
+    cases: Sequence[ConvCase] = RESNET50,
+    batches: Sequence[int] = (1, 8),
+    sparsity: float = 0.9,
+    threads_used: Sequence[int] = (1,),
+    seconds: float = 1.0,
+) -> Iterator[ConvRow]:
+    """Every combination, `seconds` of interleaved measuring each. Raises: DisagreementError."""
+    for count in threads_used:
+        with threads(count), torch.no_grad():
+            for batch in batches:
+                for case in cases:
+                    yield _row(case, batch, count, sparsity, seconds)
+
+
+def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float) -> ConvRow:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.out_channels, case.fan_in_channels, case.kernel, case.kernel)
+    mask = constant_fan_in_mask(shape[0], math.prod(shape[1:]), sparsity, generator).view(shape)
+    weight = torch.randn(shape, generator=generator) * mask
+    condensed, padding = CondensedWeight.from_dense(weight, mask), case.kernel // 2
+    x = torch.randn(batch, case.fan_in_channels, case.size, case.size, generator=generator)
+    x_last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+
+    def ours(x: Tensor) -> Tensor:
+        return gather_conv(x, condensed, None, case.stride, padding)
+
+    runs: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: ours(x),
+        "ours channels_last": lambda: ours(x_last),
+        "contiguous": lambda: F.conv2d(x, weight, None, case.stride, padding),
+        "channels_last": lambda: F.conv2d(x_last, weight_last, None, case.stride, padding),
+    }
+    exact = F.conv2d(x[:1].double(), weight.double(), None, case.stride, padding)
+    for name, run in runs.items():
+        error = float((run()[:1] - exact).abs().max() / exact.abs().max())
+        if not error < 1e-4:
+            raise DisagreementError(
+                f"{case.name}: {name} is off by {error:.1e} of the largest output, expected below 1e-4"
+            )
+    times = dict(zip(runs, interleaved(list(runs.values()), seconds), strict=True))
+    dense = min(("contiguous", "channels_last"), key=lambda name: times[name].median)
+    return ConvRow(
+        name=case.name,
+        batch=batch,
+        threads=count,
+        dense_us=times[dense].us,
+        dense=dense,
+        ours_us=times["ours"].us,
+        ours_channels_last_us=times["ours channels_last"].us,
+        macs_per_ns=batch * condensed.nnz * case.pixels / times["ours"].median,
+        target=case.target(batch),
+    )

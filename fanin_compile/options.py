@@ -67,11 +67,13 @@ class Options:
         _check_inductor(given["inductor"])
         return cls(**given)
 
-    def finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Hand a graph to inductor with the chosen config patches."""
+    def finish(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **patches: object
+    ) -> Callable[..., Any]:
+        """Hand a graph to inductor with these config patches and the user's on top."""
         from torch._inductor.compile_fx import compile_fx
 
-        compiled = compile_fx(gm, example_inputs, config_patches=dict(self.inductor))
+        compiled = compile_fx(gm, example_inputs, config_patches={**patches, **self.inductor})
         assert callable(compiled)  # the other kinds are what its ahead-of-time modes return
         return compiled
 

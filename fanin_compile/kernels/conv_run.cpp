@@ -63,9 +63,8 @@ template <class V>
 FANIN_INLINE void prefetch_weights(const Runs& r, const Visit& visit) {
   const char* w = static_cast<const char*>(r.values) + visit.start * sizeof(V);
   const char* o = reinterpret_cast<const char*>(r.offsets + visit.start);
-  __builtin_prefetch(w);
-  __builtin_prefetch(w + 64);
-  __builtin_prefetch(o);
+  for (uint32_t i = 0; i < visit.count * sizeof(V) + 63; i += 64) __builtin_prefetch(w + i);
+  for (uint32_t i = 0; i < visit.count * sizeof(uint16_t) + 63; i += 64) __builtin_prefetch(o + i);
 }
 
 // Last runs of their rows: bias, residual and relu, and out.

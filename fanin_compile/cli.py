@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
+from rich.progress import track
 
 N = TypeVar("N", int, float)
 
@@ -120,6 +121,42 @@ def model(
     )
     print(result)
     result.save(json_file, plot_file)
+
+
+@bench_app.command()
+def conv(
+    batches: Batches = "1,8",
+    sparsity: Annotated[float, typer.Option(min=0.0, max=0.999, help="share of weights left out")] = 0.9,
+    threads: Threads = "1",
+    seconds: Seconds = 1.0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+) -> None:
+    """The convolutions of ResNet-50, one at a time, against oneDNN's dense ones."""
+    from fanin_compile.bench.conv import RESNET50, bench_conv, table
+    from fanin_compile.bench.roofline import host
+
+    cases = RESNET50[3:4] if quick else RESNET50
+    rows = list(
+        track(
+            bench_conv(
+                cases=cases,
+                batches=_numbers(int, batches, "--batches"),
+                sparsity=sparsity,
+                threads_used=_numbers(int, threads, "--threads"),
+                seconds=min(seconds, 0.05) if quick else seconds,
+            ),
+            "measuring",
+            total=len(cases) * len(batches.split(",")) * len(threads.split(",")),
+            transient=True,
+        )
+    )
+    print(host())
+    print(table(rows))
+    if json_file is not None:
+        json_file.write_text(
+            json.dumps({"machine": host(), "rows": [row.to_dict() for row in rows]}, indent=2)
+        )
 
 
 def _bench_linear(

@@ -39,6 +39,16 @@ def test_quick_run_of_a_whole_model() -> None:
     assert "mlp, 50% ablated" in result.output
 
 
+def test_quick_run_of_a_convolution(tmp_path: Path) -> None:
+    file = tmp_path / "conv.json"
+    result = CliRunner().invoke(app, ["bench", "conv", "--quick", "--batches", "1", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "geometric mean" in result.output
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["name"] == "512->512 3x3 at 7"
+    assert row["ratio"] > 0
+
+
 def test_bad_numbers_and_unknown_models_are_refused() -> None:
     result = CliRunner().invoke(app, ["bench", "linear", "--batches", "one"])
     assert result.exit_code == 2

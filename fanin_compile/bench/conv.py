@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
 from fanin_compile.bench.cases import constant_fan_in_mask
-from fanin_compile.bench.measure import DisagreementError
+from fanin_compile.bench.measure import DisagreementError, geometric_mean
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.ops_conv import gather_conv
 from fanin_compile.timing import interleaved, threads
@@ -144,3 +145,28 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
         macs_per_ns=batch * condensed.nnz * case.pixels / times["ours"].median,
         target=case.target(batch),
     )
+
+
+def table(rows: Sequence[ConvRow]) -> str:
+    """All rows against their targets, and the geometric mean of the ratios for each batch size and thread count."""
+    headers = ["layer", "threads", "batch", "dense us", "best dense", "ours us", "ours channels_last us"]
+    headers += ["x best dense", "target", "MAC/ns"]
+    cells = [
+        [
+            *(row.name, row.threads, row.batch, f"{row.dense_us:.0f}", row.dense, f"{row.ours_us:.0f}"),
+            *(f"{row.ours_channels_last_us:.0f}", f"{row.ratio:.2f}"),
+            *(
+                f">= {row.target:g} {'met' if row.ratio >= row.target else 'MISSED'}",
+                f"{row.macs_per_ns:.1f}",
+            ),
+        ]
+        for row in rows
+    ]
+    lines = [tabulate(cells, headers, disable_numparse=True, stralign="right")]
+    for count, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
+        ratios = [row.ratio for row in rows if (row.threads, row.batch) == (count, batch)]
+        mean = geometric_mean(ratios)
+        lines.append(
+            f"{count} thread{'s' * (count > 1)}, batch {batch}: geometric mean {mean:.2f}, least {min(ratios):.2f}"
+        )
+    return "\n".join(lines)

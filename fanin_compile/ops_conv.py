@@ -36,6 +36,7 @@ _library.define("gather_conv" + _ARGUMENTS, tags=(torch.Tag.needs_exact_strides,
 # Called by the C++ kernels: for dtypes they do not know, and when a gradient is wanted.
 _library.define("gather_conv_reference" + _ARGUMENTS)
 _library.define("gather_conv_with_grad" + _ARGUMENTS)
+_library.define("gather_conv_plan_nbytes() -> int")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
@@ -160,6 +161,11 @@ def gather_conv(
         residual,
     )
     return y
+
+
+def plan_nbytes() -> int:
+    """Bytes of the plans that the native kernels keep for weights still alive; 0 where there are no native kernels."""
+    return int(torch.ops.fanin.gather_conv_plan_nbytes()) if native_available() else 0
 
 
 # ---- registration ----------------------------------------------------------------------------------------

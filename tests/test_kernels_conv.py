@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fanin_compile import ops
 from fanin_compile.condensed import CondensedWeight
-from fanin_compile.ops_conv import gather_conv
+from fanin_compile.ops_conv import gather_conv, plan_nbytes
 
 from .helpers import assert_close_fp64
 from .strategies import masks, seeds
@@ -229,6 +229,16 @@ def test_new_structure_in_the_same_tensors() -> None:
             assert not torch.equal(check(weight, x, g), before)
             weight.values.mul_(2)
             check(weight, x, g)
+
+
+def test_plans_are_bounded_and_go_with_their_weight() -> None:
+    before = plan_nbytes()
+    weight = random_weight((64, 32, 3, 3), 0.1)
+    for size in range(5, 17):
+        gather_conv(torch.randn(1, 32, size, size), weight, padding=1)
+    assert 0 < plan_nbytes() - before <= 4 * (2 * weight.nnz + 40 * 64 + 4000)
+    del weight
+    assert plan_nbytes() <= before
 
 
 def test_any_spatial_size_with_one_weight() -> None:

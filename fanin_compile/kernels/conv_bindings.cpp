@@ -331,3 +331,7 @@ TORCH_LIBRARY_IMPL(fanin, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) { m.impl("gather_conv", gather_conv_autograd); }
+
+TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) {
+  m.impl("gather_conv_plan_nbytes", []() -> int64_t { return plans().nbytes(); });
+}

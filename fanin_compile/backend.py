@@ -299,7 +299,7 @@ def _own_cache_key() -> Iterator[None]:
 def _source_hash() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".inc")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -18,46 +18,22 @@
 #include <unordered_map>
 
 #include "conv.h"
+#include "torch_types.h"
 
 namespace {
 
 namespace conv = fanin::conv;
 using at::IntArrayRef;
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
+using fanin::OptTensor;
+using fanin::act_of;
+using fanin::dtype_of;
+using fanin::itype_of;
 using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                          IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, std::string_view, const OptTensor&);
 
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-std::optional<fanin::DType> dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return fanin::DType::f32;
-    case at::kBFloat16: return fanin::DType::bf16;
-    case at::kHalf: return fanin::DType::f16;
-    default: return std::nullopt;
-  }
-}
-
-fanin::IType itype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kByte: return fanin::IType::u8;
-    case at::kUInt16: return fanin::IType::u16;
-    case at::kInt: return fanin::IType::i32;
-    default: TORCH_CHECK_TYPE(false, "fanin: indices must be uint8, uint16 or int32, got ", t.scalar_type());
-  }
-}
-
-fanin::Act act_of(std::string_view name) {
-  using fanin::Act;
-  static constexpr std::pair<std::string_view, Act> table[] = {
-      {"none", Act::none}, {"relu", Act::relu}, {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh},
-      {"silu", Act::silu}, {"hardswish", Act::hardswish}, {"sigmoid", Act::sigmoid}, {"tanh", Act::tanh}};
-  for (const auto& [key, act] : table)
-    if (key == name) return act;
-  TORCH_CHECK_VALUE(false, "fanin: unknown activation '", name, "'");
 }
 
 // ---- plans, kept between calls ---------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ def _broken_finish(original: Any) -> Any:
     """Inductor refuses the rewritten graph, and takes the untouched one."""
     calls: list[int] = []
 
-    def finish(self: Any, gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    def finish(self: Any, gm: torch.fx.GraphModule, inputs: Any, **patches: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("injected")
-        return original(self, gm, inputs)
+        return original(self, gm, inputs, **patches)
 
     return finish
 
@@ -122,7 +122,7 @@ with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
     assert "no native kernels" in str(report) and "/nowhere/g++" in str(report)
     f = torch.compile(model, backend=lambda gm, ex: fanin_compile.backend._compile(
         gm, ex, fanin_compile.backend.Options()))
-    fanin_compile.backend.Options.finish = lambda self, gm, ex: gm.forward  # inductor needs a compiler as well
+    fanin_compile.backend.Options.finish = lambda self, gm, ex, **patches: gm.forward  # inductor needs a compiler as well
     assert_equals_dense(f(x), model, x)
 ours = [str(w.message) for w in caught if "fanin keeps every layer dense" in str(w.message)]
 assert len(ours) == 1, caught

@@ -72,6 +72,7 @@ class _ArraysOnly(pickle.Unpickler):
     _ALLOWED = frozenset(
         {
             ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),  # its name since numpy 2
             ("numpy", "ndarray"),
             ("numpy", "dtype"),
             ("_codecs", "encode"),
@@ -82,7 +83,7 @@ class _ArraysOnly(pickle.Unpickler):
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; only numpy arrays are read")
         if name == "_reconstruct":
-            module = "numpy._core.multiarray"  # its name since numpy 2
+            module = "numpy._core.multiarray"
         return super().find_class(module, name)
 
 

@@ -122,7 +122,8 @@ with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
     assert "no native kernels" in str(report) and "/nowhere/g++" in str(report)
     f = torch.compile(model, backend=lambda gm, ex: fanin_compile.backend._compile(
         gm, ex, fanin_compile.backend.Options()))
-    fanin_compile.backend.Options.finish = lambda self, gm, ex, **patches: gm.forward  # inductor needs a compiler as well
+    # inductor needs a compiler as well
+    fanin_compile.backend.Options.finish = lambda self, gm, ex, **patches: gm.forward
     assert_equals_dense(f(x), model, x)
 ours = [str(w.message) for w in caught if "fanin keeps every layer dense" in str(w.message)]
 assert len(ours) == 1, caught

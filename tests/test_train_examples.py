@@ -37,15 +37,21 @@ def test_evidence_trains_every_method_and_its_table_has_their_means(monkeypatch:
         assert result["accuracy"] > 70
     rows = [
         {"setting": "digits MLP", "method": method, "sparsity": sparsity, "seed": seed}
-        | {"accuracy": 90.0 + seed + (method == "SRigL"), "density": 1 - sparsity, "living": 0.75}
+        | {
+            "accuracy": 90.0 + seed + (method == "SRigL, gamma_sal 0.95"),
+            "density": 1 - sparsity,
+            "living": 0.75,
+        }
         for method in ("dense", *evidence.METHODS)
         for sparsity in ((0.0,) if method == "dense" else evidence.SPARSITIES)
         for seed in range(5)
     ]
     text = evidence.table(rows)
     assert "### digits MLP, 5 seeds; dense 92.00 ± 1.96 %" in text
-    assert "| *SRigL - RigL* | 1.00 ± 0.00 |" in text
-    assert "| *SRigL: neurons ablated* | 25% |" in text
+    assert "| *SRigL, gamma_sal 0.3 - RigL* | 0.00 ± 0.00 |" in text
+    assert "| *SRigL, gamma_sal 0.95 - RigL* | 1.00 ± 0.00 |" in text
+    assert "| *RigL: active weights* | 20.00% | 10.00% | 5.00% | 1.00% |" in text
+    assert "| *RigL: neurons without inputs* | 25% |" in text
     assert evidence.table(rows[:-1]) == "\n", "a setting that was not run to its end is left out"
 
 

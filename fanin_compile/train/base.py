@@ -11,22 +11,22 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fanin_compile.errors import FaninError, MaskError, OptionError
+from fanin_compile.errors import FaninError, OptionError
 from fanin_compile.train.checkpoint import restore, save
+from fanin_compile.train.gradient import all_finite, close_step, dense_gradient, forget, record
 from fanin_compile.train.initialise import InitScheme, check_scheme, initial_weight
-from fanin_compile.train.layers import MhaBlocks, SparseLayer
+from fanin_compile.train.layers import SparseLayer
 from fanin_compile.train.optimizer_state import clear_inactive_state, group_of, is_elementwise
 from fanin_compile.train.options import unwrap
-from fanin_compile.train.plan import Allocation, make_plan
+from fanin_compile.train.plan import LayerOptions, make_plan
 from fanin_compile.train.schedule import UpdateSchedule
-from fanin_compile.train.selection import Patterns
-from fanin_compile.train.shards import from_first_rank, keep_from_ddp, local, mean_gradient, on_all_ranks
+from fanin_compile.train.shards import from_first_rank, keep_from_ddp, local
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Block:
     budget: int  # active weights that it may hold
     fraction: float  # share of the active weights to drop
     generator: torch.Generator  # on the CPU, the same on every rank
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is; both extremes are NaN if any entry is."""
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 class SparseTraining(abc.ABC):
@@ -99,16 +94,10 @@ class SparseTraining(abc.ABC):
         alpha: float = 0.3,
         delta_t: int = 100,
         t_end: int | None = None,
-        allocation: Allocation = "erk",
-        erk_power: float = 1.0,
-        dense_first: bool | None = None,
-        include: Patterns | None = None,
-        exclude: Patterns = (),
-        overrides: Mapping[str, float] | None = None,
         init: InitScheme = "scale",
         grad_steps: int = 1,
-        mha_blocks: MhaBlocks = "matrix",
         seed: int = 0,
+        **layer_options: Unpack[LayerOptions],
     ) -> None:
         for option, value in (("total_steps", total_steps), ("grad_steps", grad_steps)):
             if value < 1:
@@ -128,17 +117,7 @@ class SparseTraining(abc.ABC):
                 f"delta_t={delta_t} is not below t_end={self.schedule.t_end}: the topology will never change",
                 stacklevel=2,
             )
-        self.plan = make_plan(
-            self.model,
-            sparsity=sparsity,
-            allocation=allocation,
-            erk_power=erk_power,
-            dense_first=dense_first,
-            include=include,
-            exclude=exclude,
-            overrides=overrides,
-            mha_blocks=mha_blocks,
-        )
+        self.plan = make_plan(self.model, sparsity=sparsity, **layer_options)
         self.layers = self.plan.sparse
         for layer in self.layers:
             group_of(optimizer, layer)  # raises for a weight that the optimizer does not hold
@@ -211,11 +190,7 @@ class SparseTraining(abc.ABC):
             return
         grad, multiplier = local(param.grad), layer.multiplier()
         if self._collecting:
-            # Autograd adds up active entries over micro-batches; inactive ones were masked and add up here.
-            before = layer.gradient
-            layer.gradient = (
-                grad.clone() if before is None else torch.where(multiplier > 0, grad, before + grad)
-            )
+            record(layer, grad)
         grad.mul_(multiplier)
 
     @torch.no_grad()
@@ -236,19 +211,16 @@ class SparseTraining(abc.ABC):
             self._due = not updated and self.steps < self.schedule.t_end
         elif self._collecting:
             for layer in self.layers:
-                if layer.gradient is not None:
-                    past, layer.gradient = layer.gradient, None
-                    layer.earlier = past if layer.earlier is None else layer.earlier + past
+                close_step(layer)
         self._collecting = self._collects()
         return updated
 
     # An update.
 
     def _update(self) -> bool:
-        parts = [part for layer in self.layers for part in (layer.gradient, layer.earlier)]
-        if not on_all_ranks(all(is_finite(part) for part in parts if part is not None)):
+        if not all_finite(self.layers):
             for layer in self.layers:
-                layer.gradient = layer.earlier = None
+                forget(layer)
             return False
         fraction = self.schedule.fraction(self.steps)
         for index, layer in enumerate(self.layers):
@@ -256,12 +228,12 @@ class SparseTraining(abc.ABC):
         return True
 
     def _update_layer(self, layer: SparseLayer, fraction: float, generator: torch.Generator) -> None:
-        self._check_zeros(layer)
-        gradient = self._dense_gradient(layer)
-        layer.gradient = layer.earlier = None
+        layer.check_zeros()
+        mask, weight = layer.rows(layer.mask), layer.weight_rows()
+        gradient = dense_gradient(layer) if self.needs_gradient else weight.new_empty(layer.blocks, 0)
+        forget(layer)
         if self.needs_gradient and not any(gradient.aminmax()):
             return  # unused since the last update: nothing to rank by
-        mask, weight = layer.rows(layer.mask), layer.weight_rows()
         per_block = (x.chunk(layer.blocks) for x in (weight, gradient, mask))
         new = [
             self._next_mask(Block(layer, w, g, m, budget, fraction, generator))
@@ -269,14 +241,6 @@ class SparseTraining(abc.ABC):
         ]
         layer.set_mask(from_first_rank(torch.cat(new)))
         self._apply_mask(layer)
-
-    def _dense_gradient(self, layer: SparseLayer) -> Tensor:
-        """[neurons, dense fan-in] of all ranks and steps of the window; 0 where no backward came by."""
-        if not self.needs_gradient:
-            return layer.weight_rows().new_empty(0).expand(layer.blocks, 0)
-        parts = [part for part in (layer.gradient, layer.earlier) if part is not None]
-        total = sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(local(layer.param))
-        return layer.rows(mean_gradient(total, layer.param))
 
     def _apply_mask(self, layer: SparseLayer) -> None:
         layer.zero_inactive(layer.param)
@@ -286,18 +250,6 @@ class SparseTraining(abc.ABC):
         if layer.explored is not None:
             layer.explored |= layer.mask
 
-    def _check_zeros(self, layer: SparseLayer) -> None:
-        weight = local(layer.param)
-        change = (weight * layer.multiplier()).sub_(weight)
-        if any(change.aminmax()):  # an infinite active weight gets here too, and is none of our business
-            count = int((weight * layer.multiplier() != weight).sum())
-            if not count:
-                return
-            raise MaskError(
-                f"{layer.name}: {count} weights off the mask are not 0 (or are NaN); expected none: something "
-                "other than the optimizer wrote them, or their gradient was set without backward()"
-            )
-
     # Checkpoints and the end.
 
     def state_dict(self, *, grads: bool = False) -> dict[str, Any]:
@@ -306,7 +258,7 @@ class SparseTraining(abc.ABC):
         Under several processes each rank saves its own, for a recorded gradient is the rank's. With ``grads``
         it also holds every ``.grad`` of the model: a run cut between micro-batches then goes on bit for bit.
         """
-        state = {"method": type(self).__name__, "steps": self.steps, "due": self._due}
+        state = {"method": type(self).__name__, "steps": self.steps, "due": self._due, "seed": self.seed}
         return state | save(self.layers, self.model if grads else None)
 
     @torch.no_grad()
@@ -318,7 +270,7 @@ class SparseTraining(abc.ABC):
         if state["method"] != type(self).__name__:
             raise OptionError(f"the state is of {state['method']}; expected {type(self).__name__}")
         restore(self.layers, self.model, state)
-        self.steps, self._due = state["steps"], state["due"]
+        self.steps, self._due, self.seed = state["steps"], state["due"], state["seed"]
         for layer in self.layers:
             self._apply_mask(layer)
         self._collecting = self._collects()
@@ -341,11 +293,6 @@ class SparseTraining(abc.ABC):
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} at step {self.steps}, {self.schedule}"]
-        for layer in self.layers:
-            rows = layer.rows(layer.mask).sum(dim=1)
-            alive = int((rows > 0).sum())
-            k = int(rows.sum()) / max(alive, 1)
-            inputs = f"{k:g} of {layer.dense_fan_in} inputs"
-            lines.append(f"  {layer.name}: {alive} of {layer.neurons} neurons with {inputs}")
+        lines += [f"  {layer.name}: {layer.describe()}" for layer in self.layers]
         lines += [f"  {name}: dense ({reason})" for name, reason in self.plan.dense.items()]
         return "\n".join(lines)

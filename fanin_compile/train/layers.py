@@ -130,6 +130,25 @@ class SparseLayer:
         else:
             local(tensor).mul_(self.multiplier())  # 10 x faster on a CPU
 
+    def check_zeros(self) -> None:
+        """Raise MaskError when this rank's part of the weight is not 0 off the mask, or NaN."""
+        weight = local(self.param.detach())
+        if not weight.numel() or not any((weight * self.multiplier()).sub_(weight).aminmax()):
+            return
+        count = int((weight * self.multiplier() != weight).sum())
+        if count:  # none where an active weight is infinite
+            raise MaskError(
+                f"{self.name}: {count} weights off the mask are not 0 (or are NaN); expected none: something "
+                "other than the optimizer wrote them, or their gradient was set without backward()"
+            )
+
+    def describe(self) -> str:
+        """Living neurons and their inputs, in words."""
+        fan_ins = self.rows(self.mask).sum(dim=1)
+        alive = int(torch.count_nonzero(fan_ins))
+        inputs = f"{int(fan_ins.sum()) / max(alive, 1):g} of {self.dense_fan_in} inputs"
+        return f"{alive} of {self.neurons} neurons with {inputs}"
+
     def release(self) -> None:
         """Forget everything that only training needs."""
         self.gradient = self.earlier = self.explored = self._multiplier = None

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypedDict
-
 from torch import nn
 
 from fanin_compile.train.initialise import InitScheme
-from fanin_compile.train.layers import MhaBlocks
-from fanin_compile.train.plan import Allocation
-from fanin_compile.train.selection import Patterns
+from fanin_compile.train.plan import LayerOptions
 
 
-class Options(TypedDict, total=False):
+class Options(LayerOptions, total=False):
     """The keyword arguments of SparseTraining, for subclasses to pass on."""
 
     total_steps: int
@@ -21,15 +16,8 @@ class Options(TypedDict, total=False):
     alpha: float
     delta_t: int
     t_end: int | None
-    allocation: Allocation
-    erk_power: float
-    dense_first: bool | None
-    include: Patterns | None
-    exclude: Patterns
-    overrides: Mapping[str, float] | None
     init: InitScheme
     grad_steps: int
-    mha_blocks: MhaBlocks
     seed: int
 
 

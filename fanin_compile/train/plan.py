@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -15,6 +15,19 @@ from fanin_compile.train.layers import MhaBlocks, SparseLayer, find_layers
 from fanin_compile.train.selection import Pattern, Patterns, as_patterns, matches, refuse_idle
 
 Allocation = Literal["erk", "uniform"]
+
+
+class LayerOptions(TypedDict, total=False):
+    """Which layers become sparse and how the sparsity is shared among them: keyword arguments of SparseTraining,
+    which explains them, and of prune_to_fan_in."""
+
+    allocation: Allocation
+    erk_power: float
+    dense_first: bool | None
+    include: Patterns | None
+    exclude: Patterns
+    overrides: Mapping[str, float] | None
+    mha_blocks: MhaBlocks
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ def make_plan(
     overrides: Mapping[str, float] | None = None,
     mha_blocks: MhaBlocks = "matrix",
 ) -> Plan:
-    """Choose the layers and give each its budget of active weights; the arguments are SparseTraining's."""
+    """Choose the layers and give each its budget of active weights."""
     if allocation not in ("erk", "uniform"):
         raise OptionError(f"allocation is {allocation!r}; expected 'erk' or 'uniform'")
     layers = find_layers(model, mha_blocks)

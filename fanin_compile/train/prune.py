@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fanin_compile.errors import OptionError
 from fanin_compile.train.allocation import fan_in
-from fanin_compile.train.layers import MhaBlocks, SparseLayer
+from fanin_compile.train.layers import SparseLayer
 from fanin_compile.train.options import unwrap
-from fanin_compile.train.plan import Allocation, Plan, make_plan
+from fanin_compile.train.plan import LayerOptions, Plan, make_plan
 from fanin_compile.train.ranking import largest_per_row
-from fanin_compile.train.selection import Patterns
 from fanin_compile.train.shards import from_first_rank, local, mean_gradient
 
 Criterion = Literal["magnitude", "gradient"]
@@ -27,13 +26,7 @@ def prune_to_fan_in(
     *,
     criterion: Criterion = "magnitude",
     closure: Callable[[], object] | None = None,
-    allocation: Allocation = "uniform",
-    erk_power: float = 1.0,
-    dense_first: bool = False,
-    include: Patterns | None = None,
-    exclude: Patterns = (),
-    overrides: Mapping[str, float] | None = None,
-    mha_blocks: MhaBlocks = "matrix",
+    **layer_options: Unpack[LayerOptions],
 ) -> Plan:
     """Keep the k most important inputs of each neuron, in place, and register the ``<weight>_mask`` buffers.
 
@@ -48,7 +41,8 @@ def prune_to_fan_in(
             if the weight were set to 0 (Molchanov et al. 2017).
         closure: for "gradient": computes the loss on calibration data and calls backward, once or for several
             batches; gradients that were there are put back.
-        allocation, erk_power, dense_first, include, exclude, overrides, mha_blocks: as in SparseTraining.
+        **layer_options: allocation, erk_power, dense_first, include, exclude, overrides and mha_blocks as in
+            SparseTraining, but that allocation is "uniform" and dense_first False unless said otherwise.
 
     Returns:
         the Plan: which layers were pruned, and why others were left dense.
@@ -65,17 +59,8 @@ def prune_to_fan_in(
         raise OptionError(
             f"criterion {criterion!r} with closure: {given}; a closure goes with 'gradient' only"
         )
-    plan = make_plan(
-        model,
-        sparsity=sparsity,
-        allocation=allocation,
-        erk_power=erk_power,
-        dense_first=dense_first,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        mha_blocks=mha_blocks,
-    )
+    defaults: LayerOptions = {"allocation": "uniform", "dense_first": False}
+    plan = make_plan(model, sparsity=sparsity, **(defaults | layer_options))
     fan_ins = [fan_in(layer.name, layer.budgets[0], layer.block_neurons) for layer in plan.sparse]
     scores = [layer.weight_rows().abs() for layer in plan.sparse]
     if closure is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,10 @@ class CondensedWeight:
         mask = self.values.new_zeros(math.prod(self.shape), dtype=torch.bool)
         mask[self.dense_index()] = True
         return mask.view(self.shape)
+
+    def with_dtype(self, dtype: torch.dtype | None) -> CondensedWeight:
+        """The same weight with its values stored as `dtype`; None keeps theirs."""
+        return self if dtype in (None, self.values.dtype) else replace(self, values=self.values.to(dtype))
 
     def dense_index(self) -> Tensor:
         """int64 [nnz]: where each value stands in the flattened dense weight, ascending.

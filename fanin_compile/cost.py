@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fanin_compile import ops, ops_conv, timing  # noqa: F401  (ops_conv defines the operator called below)
+from fanin_compile import ops, ops_conv, timing  # noqa: F401  (they define the operators called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels import build
+from fanin_compile.packing import pack
 from fanin_compile.records import Layer, Skip
 
 log = logging.getLogger("fanin_compile")
@@ -125,12 +126,11 @@ def _transposed(pairs: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...]
 def _linear_rates(batch: int, seconds: float) -> tuple[float, float]:
     dense, weight = _masked(REFERENCE)
     out, fan_in = REFERENCE
-    plan = ops.gather_matmul_plan(weight.indices, weight.row_ptr, fan_in)
+    packed = pack(weight)
     x = torch.randn(batch, fan_in)
-    parts = (weight.values, weight.indices, weight.row_ptr, weight.rows)
     return _rates(
         lambda: F.linear(x, dense),
-        lambda: torch.ops.fanin.gather_matmul(x, *parts, None, plan, out),
+        lambda: torch.ops.fanin.gather_matmul(x, packed.values, packed.structure, None, out),
         batch * dense.numel(),
         batch * weight.nnz,
         seconds,

@@ -222,53 +222,31 @@ def add_constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) 
     return node
 
 
-@dataclass(frozen=True)
-class CondensedArgs:
-    """The get_attr nodes of one condensed weight, in the order in which the ops take them."""
+class ConstantNodes:
+    """Registers what stands for a constant weight of a graph, once however many layers use it."""
 
-    values: fx.Node
-    indices: fx.Node
-    row_ptr: fx.Node | None
-    rows: fx.Node | None
-
-
-class CondensedNodes:
-    """Registers condensed weights as constants of a graph, once for each dense weight however many layers use it."""
-
-    def __init__(self, gm: fx.GraphModule, values_dtype: torch.dtype | None) -> None:
+    def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._dtype = values_dtype
-        self._args: dict[fx.Node, CondensedArgs] = {}
-        self._extras: dict[tuple[fx.Node, str], fx.Node | None] = {}
+        self._nodes: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
 
-    def of(self, dense: fx.Node, weight: CondensedWeight) -> CondensedArgs:
-        """The constants holding `weight`, which stands for the constant node `dense`."""
-        if dense not in self._args:
-            self._args[dense] = CondensedArgs(
-                self._add(dense, "values", weight.values.to(self._dtype or weight.values.dtype)),
-                self._add(dense, "indices", weight.indices),
-                None if weight.row_ptr is None else self._add(dense, "row_ptr", weight.row_ptr),
-                None if weight.rows is None else self._add(dense, "rows", weight.rows),
-            )
-        return self._args[dense]
+    def __contains__(self, dense: fx.Node) -> bool:
+        return dense in self._nodes
 
-    def extra(self, dense: fx.Node, name: str, make: Callable[[], Tensor | None]) -> fx.Node | None:
-        """A further constant of the same weight, such as a kernel's plan."""
-        key = (dense, name)
-        if key not in self._extras:
-            value = make()
-            self._extras[key] = None if value is None else self._add(dense, name, value)
-        return self._extras[key]
+    def __getitem__(self, dense: fx.Node) -> tuple[fx.Node | None, ...]:
+        """The get_attr nodes of the parts of `dense`, in the order in which they were added."""
+        return self._nodes[dense]
+
+    def add(self, dense: fx.Node, **parts: Tensor | None) -> None:
+        """Make `parts` constants named after the node `dense`; one that is None keeps its place."""
+        first = next(node for node in self._gm.graph.nodes if node.op != "placeholder")
+        self._nodes[dense] = tuple(
+            None if part is None else add_constant(self._gm, first, f"{dense.name}_{name}", part)
+            for name, part in parts.items()
+        )
 
     def nbytes(self, dense: fx.Node) -> int:
-        args = self._args[dense]
-        nodes = [args.values, args.indices, args.row_ptr, args.rows]
-        nodes += [node for (owner, _), node in self._extras.items() if owner is dense]
-        return sum(attr_tensor(self._gm, str(node.target)).nbytes for node in nodes if node is not None)
-
-    def _add(self, dense: fx.Node, part: str, value: Tensor) -> fx.Node:
-        first = next(node for node in self._gm.graph.nodes if node.op != "placeholder")
-        return add_constant(self._gm, first, f"{dense.name}_{part}", value)
+        nodes = (node for node in self._nodes[dense] if node is not None)
+        return sum(attr_tensor(self._gm, str(node.target)).nbytes for node in nodes)
 
 
 def tensor_meta(node: object) -> Tensor | None:

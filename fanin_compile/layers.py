@@ -11,31 +11,38 @@ from torch import Tensor, nn
 from fanin_compile import ops, ops_conv  # noqa: F401  (they define the operators called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FormatError
-
-_PARTS = ("indices", "row_ptr", "rows")
+from fanin_compile.packing import Packed, pack, unpack
 
 
 class CondensedLayer(nn.Module):
     """The state every condensed layer has: `values` and `bias` are parameters (trainable), the structure is buffers.
 
     Args:
-        weight: the condensed weight; its tensors are taken over, not copied.
+        shape: of the dense weight.
+        values: taken over, not copied.
+        structure: the buffers by name; None for a part this weight does not need.
         bias: [out] or None.
         requires_grad: of `values`.
     """
 
     values: nn.Parameter
-    indices: Tensor
-    row_ptr: Tensor | None
-    rows: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: CondensedWeight, bias: Tensor | None, *, requires_grad: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        values: Tensor,
+        structure: Mapping[str, Tensor | None],
+        bias: Tensor | None,
+        *,
+        requires_grad: bool,
+    ) -> None:
         super().__init__()
-        self.shape = weight.shape
-        self.values = nn.Parameter(weight.values, requires_grad=requires_grad)
-        for part in _PARTS:
-            self.register_buffer(part, getattr(weight, part))
+        self.shape = shape
+        self.values = nn.Parameter(values, requires_grad=requires_grad)
+        self._parts = tuple(structure)
+        for name, part in structure.items():
+            self.register_buffer(name, part)
         if bias is None:
             self.register_parameter("bias", None)
         else:
@@ -43,7 +50,12 @@ class CondensedLayer(nn.Module):
 
     @property
     def condensed(self) -> CondensedWeight:
-        return CondensedWeight(self.values.detach(), self.indices, self.row_ptr, self.rows, self.shape)
+        """The condensed weight, row by row."""
+        return self._condensed(self.values.detach(), {part: getattr(self, part) for part in self._parts})
+
+    def _condensed(self, values: Tensor, structure: Mapping[str, Tensor | None]) -> CondensedWeight:
+        """What these parts say. FormatError if they do not fit together."""
+        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
@@ -65,13 +77,16 @@ class CondensedLayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the structure of a checkpoint, too: its fan-in and ablated neurons may differ from this layer's."""
-        values, *parts = (state_dict.get(prefix + part) for part in ("values", *_PARTS))
-        if values is not None and parts[0] is not None:
+        values = state_dict.get(prefix + "values")
+        parts = {name: state_dict.get(prefix + name) for name in self._parts}
+        if values is not None and parts[self._parts[0]] is not None:
             try:
-                CondensedWeight(values, parts[0], parts[1], parts[2], self.shape)
+                shape = self._condensed(values, parts).shape
+                if shape != self.shape:
+                    raise FormatError(f"a weight of shape {shape}, expected {self.shape}")
             except FormatError as error:
                 raise FormatError(f"state_dict entries {prefix}*: {error}") from error
-            for name, given in zip(_PARTS, parts, strict=True):
+            for name, given in parts.items():
                 old = getattr(self, name)
                 if given is None:
                     setattr(self, name, None)
@@ -81,42 +96,41 @@ class CondensedLayer(nn.Module):
                 empty = self.values.new_empty(values.shape)
                 self.values = nn.Parameter(empty, requires_grad=self.values.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._structure_changed()
-
-    def _structure_changed(self) -> None:
-        """Called when indices were replaced."""
 
 
 class CondensedLinear(CondensedLayer):
-    """nn.Linear with a condensed weight: [..., in] -> [..., out], every stride, every number of leading dimensions."""
+    """nn.Linear with a condensed weight: [..., in] -> [..., out], every stride, every number of leading dimensions.
 
-    plan: Tensor | None
+    It holds the weight packed (fanin_compile.packing): `values` in the order of the kernels, `structure` as bytes.
+    """
+
+    structure: Tensor
 
     def __init__(self, weight: CondensedWeight, bias: Tensor | None, *, requires_grad: bool = False) -> None:
-        super().__init__(weight, bias, requires_grad=requires_grad)
+        packed = pack(weight)
+        super().__init__(
+            weight.shape, packed.values, {"structure": packed.structure}, bias, requires_grad=requires_grad
+        )
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("plan", None, persistent=False)
-        self._structure_changed()
 
-    def _structure_changed(self) -> None:
-        self.plan = ops.gather_matmul_plan(self.indices, self.row_ptr, self.in_features)
+    def _condensed(self, values: Tensor, structure: Mapping[str, Tensor | None]) -> CondensedWeight:
+        bytes_ = structure["structure"]
+        assert bytes_ is not None
+        return unpack(Packed(values, bytes_))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_matmul(
-            self._cast(x),
-            self.values,
-            self.indices,
-            self.row_ptr,
-            self.rows,
-            self.bias,
-            self.plan,
-            self.out_features,
+            self._cast(x), self.values, self.structure, self.bias, self.out_features
         )
         return y
 
 
 class CondensedConv(CondensedLayer):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d (groups included) with a condensed weight; zero padding only."""
+
+    indices: Tensor
+    row_ptr: Tensor | None
+    rows: Tensor | None
 
     def __init__(
         self,
@@ -129,11 +143,17 @@ class CondensedConv(CondensedLayer):
         groups: int,
         requires_grad: bool = False,
     ) -> None:
-        super().__init__(weight, bias, requires_grad=requires_grad)
+        structure = {"indices": weight.indices, "row_ptr": weight.row_ptr, "rows": weight.rows}
+        super().__init__(weight.shape, weight.values, structure, bias, requires_grad=requires_grad)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         # models read these of their convolutions, to pad by hand for one
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
         self.kernel_size, self.padding_mode = weight.shape[2:], "zeros"
+
+    def _condensed(self, values: Tensor, structure: Mapping[str, Tensor | None]) -> CondensedWeight:
+        indices = structure["indices"]
+        assert indices is not None
+        return CondensedWeight(values, indices, structure["row_ptr"], structure["rows"], self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_conv(

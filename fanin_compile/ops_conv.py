@@ -21,7 +21,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
 from .condensed import CondensedWeight
-from .ops import ACTIVATIONS, _row_of_each, native_available
+from .ops import ACTIVATIONS, native_available
 
 aten = torch.ops.aten
 
@@ -40,6 +40,11 @@ _library.define("gather_conv_plan_nbytes() -> int")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
+
+
+def _row_of_each(row_ptr: Tensor, nnz: int) -> Tensor:
+    counts = row_ptr.diff().to(torch.int64)
+    return torch.repeat_interleave(torch.arange(len(counts), device=row_ptr.device), counts, output_size=nnz)
 
 
 def _dense_index(

@@ -16,7 +16,7 @@ from torch import fx
 from fanin_compile.graph import (
     CONDENSED,
     LAYER,
-    CondensedNodes,
+    ConstantNodes,
     Context,
     PassResult,
     bind_arguments,
@@ -39,7 +39,7 @@ TARGETS = {
 def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
-    constants = CondensedNodes(gm, ctx.values_dtype)
+    constants = ConstantNodes(gm)
     for node in list(gm.graph.nodes):
         layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
         if node.target not in TARGETS or layer is None or weight is None:
@@ -53,12 +53,14 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if refusal is not None:
             skipped.append(refusal)
             continue
-        parts = constants.of(dense, weight)
+        if dense not in constants:
+            c = weight.with_dtype(ctx.values_dtype)
+            constants.add(dense, values=c.values, indices=c.indices, row_ptr=c.row_ptr, rows=c.rows)
         replace_node(
             node,
             torch.ops.fanin.gather_conv.default,
             (
-                *(x, parts.values, parts.indices, parts.row_ptr, parts.rows, bias),
+                *(x, *constants[dense], bias),
                 *(list(weight.shape), stride, pads, dilation, groups),
             ),
         )

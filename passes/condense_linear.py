@@ -1,13 +1,11 @@
 """Swap masked linears for condensed gather-matmuls.
 
-    y = linear(x, w, b)    ->    y = fanin.gather_matmul(x, values, indices, row_ptr, rows, b, plan, out)
+    y = linear(x, w, b)    ->    y = fanin.gather_matmul(x, values, structure, b, out)
 
 The weight's zeros are gone from memory and from the arithmetic; y keeps its shape: an ablated neuron's is its bias.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import fx
@@ -15,21 +13,21 @@ from torch import fx
 from fanin_compile.graph import (
     CONDENSED,
     LAYER,
-    CondensedNodes,
+    ConstantNodes,
     Context,
     PassResult,
     bind_arguments,
     kernel_refuses,
     replace_node,
 )
-from fanin_compile.ops import gather_matmul_plan
+from fanin_compile.packing import pack
 from fanin_compile.records import Rewrite, Skip
 
 
 def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
-    constants = CondensedNodes(gm, ctx.values_dtype)
+    constants = ConstantNodes(gm)
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
         layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
         if layer is None or weight is None:
@@ -40,13 +38,14 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if refusal is not None:
             skipped.append(refusal)
             continue
-        parts = constants.of(dense, weight)
-        make_plan = functools.partial(gather_matmul_plan, weight.indices, weight.row_ptr, weight.dense_fan_in)
-        plan = constants.extra(dense, "plan", make_plan)
+        if dense not in constants:
+            packed = pack(weight.with_dtype(ctx.values_dtype))
+            constants.add(dense, values=packed.values, structure=packed.structure)
+        values, structure = constants[dense]
         replace_node(
             node,
             torch.ops.fanin.gather_matmul.default,
-            (x, parts.values, parts.indices, parts.row_ptr, parts.rows, bias, plan, weight.out_features),
+            (x, values, structure, bias, weight.out_features),
         )
         nbytes = constants.nbytes(dense)
         rewritten.append(Rewrite(layer.name, "gather-matmul", bytes=nbytes, macs=layer.sparse_macs))

@@ -18,9 +18,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records", "timing", "guards", "decompositions"),  # facts and means, nothing of ours beneath
     ("mask",),  # every mask source -> one bool mask
     ("condensed",),  # the format
+    ("packing",),  # the same in the order of the kernels
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
-    ("ops_conv",),
+    ("ops_chain", "ops_conv"),
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "freshness", "cost"),
     ("graph",),  # what passes share

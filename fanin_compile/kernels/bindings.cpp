@@ -1,4 +1,4 @@
-// The linear ops as torch operators: checks, strides, threads. The schemas are defined in ops.py.
+// The linear op as a torch operator: checks, strides, threads. The schemas are defined in ops.py.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -7,7 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <algorithm>
 #include <optional>
 #include <string_view>
 
@@ -20,69 +20,25 @@ using at::Tensor;
 using fanin::OptTensor;
 using fanin::act_of;
 using fanin::dtype_of;
-using fanin::itype_of;
-using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                         const OptTensor&, int64_t, std::string_view, const OptTensor&);
+using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, std::string_view,
+                         const OptTensor&);
 
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// A contiguous vector of int32; null only for an absent one, not for an empty one
-const int32_t* ints(const OptTensor& t, int64_t length, const char* what) {
-  if (!t) return nullptr;
-  TORCH_CHECK_VALUE(t->scalar_type() == at::kInt && t->numel() == length && t->is_contiguous(), "fanin: ", what,
-                    " must be a contiguous int32 tensor of ", length, " elements, got ", t->scalar_type(), " ", t->sizes());
-  static constexpr int32_t kEmpty = 0;
-  return length ? t->const_data_ptr<int32_t>() : &kEmpty;
-}
-
-struct Rows {
-  int64_t n, k, nnz;
-};
-
-Rows rows_of(const Tensor& indices, const OptTensor& row_ptr) {
-  const int64_t nnz = indices.numel();
-  TORCH_CHECK_VALUE(nnz <= std::numeric_limits<int32_t>::max(), "fanin: at most 2^31 - 1 non-zeros, got ", nnz);
-  if (row_ptr) {
-    TORCH_CHECK_VALUE(indices.dim() == 1 && row_ptr->numel() >= 1, "fanin: with row_ptr, indices must have 1 dimension");
-    return {row_ptr->numel() - 1, 0, nnz};
-  }
-  TORCH_CHECK_VALUE(indices.dim() == 2, "fanin: indices must be [rows, k], got ", indices.sizes());
-  return {indices.size(0), indices.size(1), nnz};
-}
-
-Tensor plan_cpu(const Tensor& indices, const OptTensor& row_ptr, int64_t in) {
-  const Rows rows = rows_of(indices, row_ptr);
-  const int32_t* ptr = ints(row_ptr, rows.n + 1, "row_ptr");
-  const Tensor columns = indices.contiguous();
-  Tensor plan = at::detail::empty_cpu({fanin::Plan::size(rows.n, in)}, at::kInt, {}, {}, {}, {});
-  const bool ok = fanin::build_plan(plan.mutable_data_ptr<int32_t>(), columns.const_data_ptr(), itype_of(columns), ptr,
-                                    rows.n, rows.k, in);
-  TORCH_CHECK_VALUE(ok, "fanin: indices must ascend in each row and lie in [0, in_features = ", in, ")");
-  return plan;
-}
-
-struct Variant {
-  std::string_view name;
-  int64_t vectors, batch;
-};
-
-// The default for `batch` rows, or the variant of that name.
-const Variant& variant_for(int64_t batch, std::string_view name) {
-  static const int64_t L = fanin::vector_lanes();
-  static const Variant variants[] = {
-#define FANIN_VARIANT(name, vectors, batch, why) {#name, vectors, batch},
-#include "variants.inc"
-#undef FANIN_VARIANT
-  };
-  const Variant* best = variants;
-  for (const Variant& variant : variants) {
-    if (variant.name == name) return variant;
-    if (variant.batch <= batch) best = &variant;
-  }
-  TORCH_CHECK_VALUE(name.empty(), "fanin: unknown kernel variant '", name, "'");
-  return *best;
+// The header of a packed weight, checked as far as can be in no time: packing.py wrote what it describes.
+const fanin::Structure& structure_of(const Tensor& structure, const Tensor& values) {
+  const auto bytes = static_cast<int64_t>(structure.numel());
+  TORCH_CHECK_VALUE(structure.scalar_type() == at::kByte && structure.is_contiguous() &&
+                        bytes >= static_cast<int64_t>(sizeof(fanin::Structure)),
+                    "fanin: structure must be a packed weight's, got ", structure.scalar_type(), " ", structure.sizes());
+  const auto& s = *static_cast<const fanin::Structure*>(structure.const_data_ptr());
+  TORCH_CHECK_VALUE(s.version == fanin::Structure::kVersion && s.bytes == bytes,
+                    "fanin: structure was packed by another version or is cut off: pack the condensed weight anew");
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous() && values.numel() >= s.entries,
+                    "fanin: values must be contiguous with at least ", s.entries, " elements, got ", values.sizes());
+  return s;
 }
 
 // x as [batch, in] with unit column stride; a copy only where no such view exists
@@ -93,63 +49,55 @@ Tensor as_matrix(const Tensor& x) {
 
 constexpr int64_t kWorthThreads = 1 << 16;     // multiply-adds, about 5 us of work
 
-// Splits `units` over threads when the work of the whole call pays for waking them.
+int64_t threads_for(int64_t work) { return work < kWorthThreads ? 1 : at::get_num_threads(); }
+
 template <class F>
-void split(int64_t units, int64_t work, const F& f) {
-  if (units <= 1 || work < kWorthThreads || at::get_num_threads() == 1) return f(0, units);
+void split(int64_t units, int64_t threads, const F& f) {
+  if (units <= 1 || threads == 1) return f(0, units);
   at::parallel_for(0, units, 1, f);
 }
 
-void run_dot(const fanin::Linear& op, int64_t work) {
-  const int64_t threads = at::get_num_threads();
+void run_dot(const fanin::Linear& op) {
+  const fanin::Structure& w = *op.weight;
+  float* x = fanin::scratch(fanin::slots(w));
   for (int64_t b = 0; b < op.batch; ++b) {
-    const char* x = static_cast<const char*>(op.x) + b * op.x_stride * (op.x_type == fanin::DType::f32 ? 4 : 2);
-    const float* xf = reinterpret_cast<const float*>(x);
-    if (op.x_type != fanin::DType::f32) {
-      float* wide = fanin::scratch(op.in);
-      fanin::widen_row(x, op.x_type, op.in, wide);
-      xf = wide;
-    }
-    const int64_t step = std::max<int64_t>(8, (op.n + threads - 1) / threads);
-    const int64_t units = std::max<int64_t>(1, (op.n + step - 1) / step);
-    split(units, work / op.batch, [&](int64_t from, int64_t to) {
-      fanin::linear_dot(op, b, xf, std::min(op.n, from * step), std::min(op.n, to * step));
-    });
+    fanin::spread_row(op, b, x);
+    split(w.blocks, threads_for(w.nnz), [&](int64_t first, int64_t last) { fanin::linear_dot(op, b, x, first, last); });
   }
 }
 
-void run_lanes(const fanin::Linear& op, int64_t vectors, int64_t work) {
-  const int64_t width = std::min(vectors, fanin::max_vectors()) * fanin::vector_lanes();
-  const int64_t tiles = (op.batch + width - 1) / width;
-  const int64_t blocks = fanin::Plan::blocks(op.n);
-  const int64_t tallest = std::max<int64_t>(1, (op.n + blocks - 1) / blocks), most = fanin::kTileRows / tallest;
-  const int64_t threads = work < kWorthThreads ? 1 : at::get_num_threads();
-  const int64_t groups = std::min(blocks, std::max((blocks + most - 1) / most, (threads + tiles - 1) / tiles));
-  split(tiles * groups, work, [&](int64_t from, int64_t to) {
+void run_lanes(const fanin::Linear& op, int64_t most) {
+  const fanin::Structure& w = *op.weight;
+  const int64_t lanes = fanin::vector_lanes(), vectors = (op.batch + lanes - 1) / lanes;
+  const int64_t threads = threads_for(op.batch * w.nnz);
+  int64_t tiles = (vectors + most - 1) / most;
+  // Tiles for every thread, of two vectors at least: one alone would load each weight for eight multiply-adds.
+  if (const int64_t even = (tiles + threads - 1) / threads * threads; vectors >= 2 * even) tiles = even;
+  // Where tiles are too few, threads share their rows; so do passes of an input too wide to be packed at once.
+  const int64_t tall = (w.out + fanin::kTileRows - 1) / fanin::kTileRows;
+  const int64_t groups = std::min(w.blocks, std::max(tall, (threads + tiles - 1) / tiles));
+  split(tiles * groups, threads, [&](int64_t from, int64_t to) {
     for (int64_t unit = from; unit < to; ++unit) {
-      const int64_t lane = unit / groups * width, group = unit % groups;
-      fanin::linear_lanes(op, lane, std::min(width, op.batch - lane), group * blocks / groups, (group + 1) * blocks / groups);
+      const int64_t tile = unit / groups, group = unit % groups;
+      const int64_t lane = tile * vectors / tiles * lanes, end = std::min((tile + 1) * vectors / tiles * lanes, op.batch);
+      fanin::linear_lanes(op, lane, end - lane, group * w.blocks / groups, (group + 1) * w.blocks / groups);
     }
   });
 }
 
-Tensor gather_matmul_variant(const Tensor& x, const Tensor& values, const Tensor& indices, const OptTensor& row_ptr,
-                             const OptTensor& rows, const OptTensor& bias, const OptTensor& plan, int64_t out_features,
-                             std::string_view activation, const OptTensor& residual, std::string_view name) {
+Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
+                         int64_t out_features, std::string_view activation, const OptTensor& residual) {
   const auto x_type = dtype_of(x), value_type = dtype_of(values);
   const auto bias_type = bias ? dtype_of(*bias) : fanin::DType::f32;
   if (!x_type || !value_type || !bias_type) {
     static const auto reference = handle("fanin::gather_matmul_reference");
-    return reference.call(x, values, indices, row_ptr, rows, bias, plan, out_features, activation, residual);
+    return reference.call(x, values, structure, bias, out_features, activation, residual);
   }
-  TORCH_CHECK_VALUE(x.dim() >= 1, "fanin: x must be [..., in_features], got a scalar");
-  const Rows shape = rows_of(indices, row_ptr);
-  TORCH_CHECK_VALUE(values.sizes() == indices.sizes(), "fanin: values ", values.sizes(), " and indices ", indices.sizes(),
-                    " must have the same shape");
-  TORCH_CHECK_VALUE(rows || shape.n == out_features, "fanin: without rows, out_features must be the number of condensed rows ",
-                    shape.n, ", got ", out_features);
-  TORCH_CHECK_VALUE(!bias || (bias->numel() == out_features && bias->is_contiguous()), "fanin: bias must be contiguous with ",
-                    out_features, " elements, got ", bias->sizes());
+  const fanin::Structure& w = structure_of(structure, values);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == w.in, "fanin: x must be [..., in_features = ", w.in, "], got ", x.sizes());
+  TORCH_CHECK_VALUE(w.out == out_features, "fanin: out_features must be the packed weight's ", w.out, ", got ", out_features);
+  TORCH_CHECK_VALUE(!bias || bias->numel() == out_features, "fanin: bias must have ", out_features, " elements, got ",
+                    bias->sizes());
   at::DimVector sizes(x.sizes());
   sizes.back() = out_features;
   TORCH_CHECK_VALUE(!residual || residual->sizes() == sizes, "fanin: residual must have the output's shape ", sizes, ", got ",
@@ -157,69 +105,36 @@ Tensor gather_matmul_variant(const Tensor& x, const Tensor& values, const Tensor
 
   Tensor y = at::detail::empty_cpu(sizes, x.scalar_type(), {}, {}, {}, {});
   if (y.numel() == 0) return y;
-  const Tensor xm = as_matrix(x), v = values.contiguous(), c = indices.contiguous();
+  const Tensor xm = as_matrix(x), b = bias ? bias->contiguous() : Tensor();
   const Tensor res = residual ? residual->to(x.scalar_type()).contiguous() : Tensor();
 
   fanin::Linear op{};
-  op.in = x.size(-1), op.out = out_features, op.n = shape.n, op.k = shape.k, op.batch = y.numel() / op.out;
-  op.x = xm.const_data_ptr(), op.x_type = *x_type, op.x_stride = xm.dim() == 2 ? xm.stride(0) : op.in;
-  op.values = v.const_data_ptr(), op.value_type = *value_type;
-  op.indices = c.const_data_ptr(), op.index_type = itype_of(c);
-  op.row_ptr = ints(row_ptr, op.n + 1, "row_ptr"), op.rows = ints(rows, op.n, "rows");
-  op.bias = bias ? bias->const_data_ptr() : nullptr, op.bias_type = *bias_type;
+  op.weight = &w, op.values = values.const_data_ptr(), op.value_type = *value_type;
+  op.x = xm.const_data_ptr(), op.x_type = *x_type, op.x_stride = xm.dim() == 2 ? xm.stride(0) : w.in;
+  op.batch = y.numel() / w.out;
+  op.bias = bias ? b.const_data_ptr() : nullptr, op.bias_type = *bias_type;
   op.residual = residual ? res.const_data_ptr() : nullptr;
   op.y = y.mutable_data_ptr(), op.act = act_of(activation);
-
-  const int64_t plan_size = fanin::Plan::size(op.n, op.in);
-  TORCH_CHECK_VALUE(!plan || plan->numel() == plan_size, "fanin: x has ", op.in, " features; the plan of ", op.n,
-                    " rows is not one for so many");
-  op.plan = ints(plan, plan_size, "plan");
-  if (op.plan && !fanin::plan_fits(op.plan, op.n, op.in, shape.nnz)) op.plan = nullptr;
-
-  const int64_t work = op.batch * shape.nnz;
-  const Variant& variant = variant_for(op.batch, name);
-  if (variant.vectors == 0) {
-    TORCH_CHECK_VALUE(op.plan || fanin::columns_below(op.indices, op.index_type, op.row_ptr, op.n, op.k, op.in),
-                      "fanin: x has ", op.in, " features, fewer than a column of the weight needs");
-    run_dot(op, work);
-    return y;
-  }
-  Tensor built;
-  if (!op.plan) {
-    built = plan_cpu(c, row_ptr, op.in);
-    op.plan = built.const_data_ptr<int32_t>();
-  }
-  run_lanes(op, variant.vectors, work);
+  if (op.batch == 1) run_dot(op);
+  else run_lanes(op, std::clamp<int64_t>(w.tile, 1, fanin::max_vectors()));
   return y;
 }
 
-Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& indices, const OptTensor& row_ptr,
-                         const OptTensor& rows, const OptTensor& bias, const OptTensor& plan, int64_t out_features,
-                         std::string_view activation, const OptTensor& residual) {
-  return gather_matmul_variant(x, values, indices, row_ptr, rows, bias, plan, out_features, activation, residual, {});
-}
-
 // Below autograd unless a gradient is asked for; then ops.py's autograd function takes over.
-Tensor gather_matmul_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& indices,
-                              const OptTensor& row_ptr, const OptTensor& rows, const OptTensor& bias, const OptTensor& plan,
-                              int64_t out_features, std::string_view activation, const OptTensor& residual) {
+Tensor gather_matmul_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& structure,
+                              const OptTensor& bias, int64_t out_features, std::string_view activation,
+                              const OptTensor& residual) {
   const auto wants = [](const OptTensor& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || values.requires_grad() || wants(bias) || wants(residual))) {
     static const auto with_grad = handle("fanin::gather_matmul_with_grad");
-    return with_grad.call(x, values, indices, row_ptr, rows, bias, plan, out_features, activation, residual);
+    return with_grad.call(x, values, structure, bias, out_features, activation, residual);
   }
   static const auto op = handle("fanin::gather_matmul");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_autograd_keyset, x, values, indices, row_ptr, rows, bias, plan, out_features,
-                       activation, residual);
+  return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, out_features, activation, residual);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fanin, CPU, m) {
-  m.impl("gather_matmul", gather_matmul_cpu);
-  m.impl("gather_matmul_variant", gather_matmul_variant);
-  m.impl("gather_matmul_plan", plan_cpu);
-}
-
+TORCH_LIBRARY_IMPL(fanin, CPU, m) { m.impl("gather_matmul", gather_matmul_cpu); }
 TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) { m.impl("gather_matmul", gather_matmul_autograd); }

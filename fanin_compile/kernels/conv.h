@@ -9,6 +9,13 @@
 
 namespace fanin::conv {
 
+// One run of non-zeros of one row inside one chunk of channels.
+struct Visit {
+  int32_t start;                // position in values and indices
+  uint16_t row;                 // row inside its block
+  uint16_t count;
+};
+
 using Dims = std::array<int64_t, 3>;            // depth, height, width; 1d and 2d fill the front with ones
 
 struct Shape {

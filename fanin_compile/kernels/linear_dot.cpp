@@ -1,5 +1,5 @@
-// One batch row: every condensed row is a dot product with gathered inputs.
-// Eight non-zeros a step: one vector load of values, eight scalar loads of x placed into a vector, one FMA.
+// One batch row: four rows at a time are dot products with gathered inputs.
+// Eight non-zeros at once: one vector load of values, eight scalar loads of x placed into a vector, one FMA.
 #include "dispatch.h"
 #include "linear.h"
 #include "vec.h"
@@ -61,73 +61,52 @@ FANIN_INLINE v8 gather(const float* x, const uint8_t* p) {
   const v4 low = collect(x, columns4<uint8_t, 0>(a)), high = collect(x, columns4<uint8_t, 4>(a));
   return concat(low, high);
 }
-FANIN_INLINE v8 gather(const float* x, const int32_t* p) {
-  return concat(collect(x, {p[0], p[1], p[2], p[3]}), collect(x, {p[4], p[5], p[6], p[7]}));
-}
 
-FANIN_INLINE float sum(v8 a) {
-  const v4 h = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  const v4 q = h + __builtin_shufflevector(h, h, 2, 3, 2, 3);
-  return q[0] + q[1];
-}
-
-template <class V, class I>
-FANIN_INLINE v8 dot(const V* w, const I* c, const float* x, int64_t count) {
-  v8 acc{};
-  for (int64_t j = 0; j < count; j += 8) acc += widen<8>(w + j) * gather(x, c + j);
-  return acc;
-}
-
-// Eight products, those outside `used` dropped: whatever the arrays hold there, columns of a next row above all.
-template <class V, class I>
-FANIN_INLINE v8 masked(const V* w, const I* c, const float* x, Vec<int32_t, 8> used) {
-  return keep<8>(used, widen<8>(w)) * keep<8>(used, gather(x, c));
-}
-
-template <class V, class I>
-void rows(const Linear& op, const float* x, int64_t first, int64_t last, float* sums) {
-  const V* values = static_cast<const V*>(op.values);
-  const I* columns = static_cast<const I*>(op.indices);
-  const Vec<int32_t, 8> lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  const int64_t nnz = op.begin(op.n), k = op.k;
-  int64_t r = first;
-  if (const int64_t whole = k & -8; !op.row_ptr && k > 0 && nnz >= whole + 8) {
-    // Constant fan-in: everything about the tail is known. Up to the last row after which eight elements can be read.
-    const Vec<int32_t, 8> used = lane < static_cast<int32_t>(k - whole);
-    const int64_t safe = (nnz - whole - 8) / k + 1;
-    const V* w = values + r * k;
-    const I* c = columns + r * k;
-    for (const int64_t stop = last < safe ? last : safe; r < stop; ++r, w += k, c += k) {
-      v8 acc = dot(w, c, x, whole);
-      if (k > whole) acc += masked(w + whole, c + whole, x, used);
-      sums[r - first] = sum(acc);
-    }
-  }
-  for (; r < last; ++r) {
-    const int64_t p = op.begin(r), count = op.begin(r + 1) - p, whole = count & -8;
-    const V* w = values + p;
-    const I* c = columns + p;
-    v8 acc = dot(w, c, x, whole);
-    if (p + whole + 8 <= nnz) {
-      if (count > whole) acc += masked(w + whole, c + whole, x, lane < static_cast<int32_t>(count - whole));
-    } else {
-      for (int64_t j = whole; j < count; ++j) acc[j - whole] += widen1(w + j) * x[c[j]];
-    }
-    sums[r - first] = sum(acc);
+// Adds to the sums of each group's rows. Lanes hold two steps of four rows each.
+template <class V, class C>
+__attribute__((noinline)) void run(const V* w, const C* c, const Group* group, int64_t groups, const float* x, float* sums) {
+  for (const Group* end = group + groups; group < end; ++group) {
+    v8 acc{};
+    const V* stop = w + 8 * group->pairs;
+    do {
+      acc += widen<8>(w) * gather(x, c);
+      w += 8, c += 8;
+    } while (w < stop);
+    const v4 sum = __builtin_shufflevector(acc, acc, 0, 1, 2, 3) + __builtin_shufflevector(acc, acc, 4, 5, 6, 7);
+    for (int r = 0; r < 4; ++r) sums[group->row[r]] += sum[r];
   }
 }
 
 }  // namespace
 
-void linear_dot(const Linear& op, int64_t b, const float* xf, int64_t first, int64_t last) {
-  constexpr int64_t kRows = 256;
-  alignas(64) float sums[kRows];
-  for (int64_t r = first; r < last || r == first; r += kRows) {
-    const int64_t stop = last - r < kRows ? last : r + kRows;
-    with_dtype(op.value_type, [&](auto v) {
-      with_itype(op.index_type, [&](auto i) { rows<decltype(v), decltype(i)>(op, xf, r, stop, sums); });
-    });
-    finish_row(op, b, sums, r, stop);
+void spread_row(const Linear& op, int64_t b, float* out) {
+  const Structure& w = *op.weight;
+  const int64_t size = op.x_type == DType::f32 ? 4 : 2;
+  const char* x = static_cast<const char*>(op.x) + b * op.x_stride * size;
+  for (int64_t c = 0; c < w.chunks * w.width; c += w.width, out += w.width + 1) {
+    if (c < w.in) widen_row(x + c * size, op.x_type, w.in - c < w.width ? w.in - c : w.width, out);
+    out[w.width] = 0;
+  }
+}
+
+void linear_dot(const Linear& op, int64_t b, const float* xs, int64_t first, int64_t last) {
+  const Structure& w = *op.weight;
+  float* sums = scratch(w.tallest() + 1, 1);         // one more for the row that fills up groups
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t r0 = w.first_row(block), r1 = w.first_row(block + 1);
+    __builtin_memset(sums, 0, (w.tallest() + 1) * sizeof(float));
+    for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+      const Segment* s = w.segments() + block * w.chunks + chunk;
+      with_dtype(op.value_type, [&](auto v) {
+        const auto* values = static_cast<const decltype(v)*>(op.values) + s->entry;
+        const float* x = xs + chunk * (w.width + 1);
+        const Group* groups = w.groups() + s->group;
+        const int64_t count = s[1].group - s->group;
+        if (w.column_bytes == 1) run(values, w.columns() + s->entry, groups, count, x, sums);
+        else run(values, reinterpret_cast<const uint16_t*>(w.columns()) + s->entry, groups, count, x, sums);
+      });
+    }
+    finish_row(op, b, sums, r0, r1);
   }
 }
 

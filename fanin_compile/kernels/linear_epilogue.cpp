@@ -1,4 +1,4 @@
-// Epilogues: sums -> bias, residual, activation, storage type -> y. Ablated outputs are met here as sums of zero.
+// Epilogues: sums -> bias, residual, activation, storage type -> y.
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -14,7 +14,7 @@ namespace {
 // Outputs finished at a time. A tile is first transposed into a buffer of so many outputs a lane, then stored in whole
 // cache lines: rows of y are often a multiple of 4096 bytes apart, so that 8 of them compete for the same 8 ways of L1.
 constexpr int64_t kSpan = 64;
-alignas(64) constexpr float kZeros[kSpan] = {};              // also the lanes of an ablated output: a tile has at most kSpan
+alignas(64) constexpr float kZeros[kSpan] = {};
 
 // y[0:count] = act(sums + bias + residual)
 using Span = void (*)(const float* sums, const float* bias, const void* residual, void* y, int64_t count);
@@ -59,7 +59,7 @@ struct Epilogue {
     return wide_bias;
   }
   void finish(int64_t b, int64_t o, int64_t count, const float* sums, const float* bias) const {
-    const int64_t at = (b * op.out + o) * size;
+    const int64_t at = (b * op.weight->out + o) * size;
     span(sums, bias, op.residual ? static_cast<const char*>(op.residual) + at : nullptr, static_cast<char*>(op.y) + at, count);
   }
 };
@@ -74,38 +74,26 @@ FANIN_INLINE void store_pieces(float* out, int64_t step, vf v) {
 
 void finish_row(const Linear& op, int64_t b, const float* sums, int64_t first, int64_t last) {
   Epilogue epilogue(op);
-  const int64_t stop = op.out_end(last);
-  alignas(64) float spread[kSpan];
-  int64_t r = first;
-  for (int64_t o = op.out_begin(first); o < stop; o += kSpan) {
-    const int64_t count = stop - o < kSpan ? stop - o : kSpan;
-    const float* part = sums + (o - first);
-    if (op.rows) {
-      for (int64_t i = 0; i < count; ++i) spread[i] = r < last && op.rows[r] == o + i ? sums[r++ - first] : 0.0f;
-      part = spread;
-    }
-    epilogue.finish(b, o, count, part, epilogue.bias(o, count));
+  for (int64_t o = first; o < last; o += kSpan) {
+    const int64_t count = last - o < kSpan ? last - o : kSpan;
+    epilogue.finish(b, o, count, sums + (o - first), epilogue.bias(o, count));
   }
 }
 
 void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t stride, int64_t first,
                  int64_t last) {
   Epilogue epilogue(op);
-  const int64_t stop = op.out_end(last);
-  const float* source[kSpan];                                 // where an output keeps its lanes
   alignas(64) float turned[kLanes][kSpan];
-  int64_t r = first;
-  for (int64_t o = op.out_begin(first); o < stop; o += kSpan) {
-    const int64_t count = stop - o < kSpan ? stop - o : kSpan;
-    for (int64_t i = 0; i < kSpan; ++i) {
-      const bool alive = i < count && r < last && (op.rows ? op.rows[r] : r) == o + i;
-      source[i] = alive ? sums + (r++ - first) * stride : kZeros;
-    }
+  for (int64_t o = first; o < last; o += kSpan) {
+    const int64_t count = last - o < kSpan ? last - o : kSpan;
     const float* bias = epilogue.bias(o, count);
     for (int64_t g = 0; g < lanes; g += kLanes) {
       for (int64_t i = 0; i < count; i += kPiece) {
         vf v[kPiece];
-        for (int j = 0; j < kPiece; ++j) v[j] = load_raw<vf>(source[i + j] + g);
+        for (int64_t j = 0; j < kPiece; ++j) {                // past the last row its repetition, which nobody reads
+          const int64_t row = i + j < count ? o - first + i + j : o - first;
+          v[j] = load_raw<vf>(sums + row * stride + g);
+        }
         transpose_pieces(v);
         for (int j = 0; j < kPiece; ++j) store_pieces(&turned[j][i], kPiece * kSpan, v[j]);
       }
@@ -124,18 +112,18 @@ void widen_row(const void* x, DType type, int64_t count, float* out) {
   });
 }
 
-float* scratch(int64_t floats) {
+float* scratch(int64_t floats, int buffer) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<float, Free> buffer;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    if (!buffer) throw std::bad_alloc();
-    size = floats;
+  thread_local std::unique_ptr<float, Free> buffers[2];
+  thread_local int64_t sizes[2] = {0, 0};
+  if (floats > sizes[buffer]) {
+    buffers[buffer].reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+    if (!buffers[buffer]) throw std::bad_alloc();
+    sizes[buffer] = floats;
   }
-  return buffer.get();
+  return buffers[buffer].get();
 }
 
 }  // namespace fanin

@@ -1,55 +1,38 @@
-"""The table of linear kernel variants, read from variants.inc, which the C++ dispatch includes too.
+"""The table of linear kernel variants: what can be chosen when a weight is packed. Read by tests, benchmarks and
+max_autotune (tuning.py).
 
 for variant in VARIANTS:
-    y = run_variant(variant.name, x, values, indices, ...)   # whatever the batch: for tests and measurements
+    packed = variant.pack(weight)
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from .. import ops
+from ..condensed import CondensedWeight
+from ..packing import Packed, pack
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: `vectors` vectors of batch rows at a time, or dot products where it is 0."""
+    """How to pack a weight; the arguments of packing.pack. One batch row always runs as dot products."""
 
     name: str
-    vectors: int
     why: str
+    width: int | None = None
+    block_rows: int = 384
+    tile: int = 3
+
+    def pack(self, weight: CondensedWeight) -> Packed:
+        return pack(weight, width=self.width, block_rows=self.block_rows, tile=self.tile)
 
 
-_LINE = re.compile(r'^FANIN_VARIANT\((\w+), (\d+), [^"]*, "([^"]*)"\)$', re.MULTILINE)
-VARIANTS = tuple(
-    Variant(name, int(vectors), why)
-    for name, vectors, why in _LINE.findall((Path(__file__).parent / "variants.inc").read_text())
+VARIANTS = (
+    Variant("default", "24 batch rows a tile: each weight serves three vectors, 12 sums hide the latency of FMA"),
+    Variant("two", "16 batch rows a tile: x and sums of a wide or tall layer stay in a small L2", tile=2),
+    Variant("one", "8 batch rows a tile: x of a very wide layer stays in L2", tile=1),
+    Variant("tall", "blocks of 768 rows: fewer entries fill up groups, x is read half as often", block_rows=768),
+    Variant("flat", "blocks of 96 rows: more threads share one batch row", block_rows=96),
+    Variant("short", "chunks of 127 columns: x of three vectors takes 12 KiB, for a small L1", width=127),
+    Variant("wide", "chunks of 1023 columns of two bytes: longer runs where there are few non-zeros", width=1023),
 )
-
-
-def run_variant(
-    variant: str,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor | None = None,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    plan: Tensor | None = None,
-    out_features: int | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """ops.gather_matmul by the named variant, on CPU, without autograd; ValueError for an unknown name."""
-    if out_features is None:
-        out_features = ops.default_out_features(indices, row_ptr, rows)
-    ops.require_native()
-    y: Tensor = torch.ops.fanin.gather_matmul_variant(
-        x, values, indices, row_ptr, rows, bias, plan, out_features, activation, residual, variant
-    )
-    return y

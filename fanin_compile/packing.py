@@ -120,7 +120,7 @@ def pack(weight: CondensedWeight, *, width: int | None = None, block_rows: int =
     if width is None:
         width = default_width(max(weight.n_active, 1), in_features, nnz)
     chunks = max(1, math.ceil(in_features / width))
-    blocks = max(1, round(out / block_rows))
+    blocks = max(1, 2 * round(out / block_rows / 2))  # even, so that none holds rows of both halves of a gated layer
     first = torch.arange(blocks + 1) * out // blocks  # [blocks + 1]
 
     # how many non-zeros each row has in each chunk, a run; runs in the order of the kernels

@@ -56,28 +56,54 @@ struct Linear {
   Act act;
 };
 
+// Two layers, the second reading the first's outputs: h = act(z), or act(z[:n]) * z[n:] if gated. first.y is not used.
+struct Chain {
+  Linear first, second;
+  bool gated;
+};
+
 // A tile is up to max_vectors() vectors of vector_lanes() consecutive batch rows, computed together.
 int64_t vector_lanes();
 int64_t max_vectors();
 inline constexpr int64_t kTileRows = 3072;                    // rows whose sums a thread keeps, if in is too wide for one pass
+inline constexpr int64_t kWindow = 352 << 10;                 // bytes of x packed at a time: most of a small L2
 
-// x's row b in fp32, a chunk at a time with one zero behind each, as linear_dot wants it: out[slots(weight)].
-void spread_row(const Linear& op, int64_t b, float* out);
+// Packed x, one chunk after another: [width] columns and one of zeros, of one batch row or of the lanes of a tile.
 inline int64_t slots(const Structure& w) { return w.chunks * (w.width + 1); }
+inline int64_t slot(const Structure& w, int64_t column) { return column + column / w.width; }
+inline int64_t stride_of(int64_t lanes) { return (lanes + vector_lanes() - 1) / vector_lanes() * vector_lanes(); }
 
-// Batch row b, blocks [first, last); xs is from spread_row.
-void linear_dot(const Linear& op, int64_t b, const float* xs, int64_t first, int64_t last);
+// Batch row b, blocks [first, last); x is packed.
+void pack_row(const Linear& op, int64_t b, float* x);
+void linear_dot(const Linear& op, int64_t b, const float* x, int64_t first, int64_t last);
 // Batch rows [lane, lane + lanes), at most one tile, blocks [first, last).
 void linear_lanes(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last);
 
+// Both halves of a chain, for blocks [first, last) of their layer; h is packed for the second, its columns of zeros set
+// beforehand by chain_gaps. Of one batch row ...
+void chain_gaps(const Chain& chain, int64_t stride, float* h);
+void chain_hidden(const Chain& chain, const float* x, int64_t first, int64_t last, float* h);
+void chain_output(const Chain& chain, const float* h, int64_t first, int64_t last);
+// ... or of a tile.
+void chain_hidden(const Chain& chain, int64_t lane, int64_t lanes, int64_t first, int64_t last, float* h);
+void chain_output(const Chain& chain, int64_t lane, int64_t lanes, int64_t first, int64_t last, const float* h);
+
+// The steps they are made of: sums of one block, added to what y holds (one row more than the block's, which fills up groups),
+// from chunks [chunk0, chunk1), of which the first is at x.
+void pack_tile(const Linear& op, int64_t lane, int64_t lanes, int64_t chunk0, int64_t chunk1, float* x);
+void run_tile(const Linear& op, int64_t lanes, int64_t block, int64_t chunk0, int64_t chunk1, const float* x, float* y);
+void run_row(const Linear& op, int64_t block, const float* x, float* y);
+
 // Epilogues of rows [first, last): add bias and residual, activate, convert and store.
 void finish_row(const Linear& op, int64_t b, const float* sums, int64_t first, int64_t last);
-void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t stride, int64_t first, int64_t last);
+void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t first, int64_t last);
+// The same into packed h; lanes = 0 means one batch row.
+void finish_hidden(const Chain& chain, int64_t lanes, const float* sums, int64_t first, int64_t last, float* h);
 
 // x[0:count] of any type to fp32.
 void widen_row(const void* x, DType type, int64_t count, float* out);
 
-// Scratch of this thread, kept between calls; 64-byte aligned. Two buffers, for what is needed at the same time.
+// Scratch of this thread, kept between calls; 64-byte aligned. Three buffers, for what is needed at the same time.
 float* scratch(int64_t floats, int buffer = 0);
 
 }  // namespace fanin

@@ -64,6 +64,25 @@ struct Epilogue {
   }
 };
 
+// h[slot][lanes] = act(sums + bias), or times it
+template <Act A>
+void hidden_tile(const float* sums, const float* bias, int64_t rows, int64_t stride, bool times, float* h) {
+  for (int64_t r = 0; r < rows; ++r, sums += stride, h += stride) {
+    const vf b = splat(bias[r]);
+    for (int64_t g = 0; g < stride; g += kLanes) {
+      vf v = activate<A>(load_raw<vf>(sums + g) + b);
+      if (times) v *= load_raw<vf>(h + g);
+      store_raw(h + g, v);
+    }
+  }
+}
+
+template <Act A>
+void hidden_row(const float* sums, const float* bias, int64_t rows, bool times, float* h) {
+  if (!times) return span<A, float>(sums, bias, nullptr, h, rows);
+  for (int64_t r = 0; r < rows; ++r) h[r] *= sums[r] + bias[r];
+}
+
 template <int B = 0>
 FANIN_INLINE void store_pieces(float* out, int64_t step, vf v) {
   store_raw(out + B * step, piece<B>(v));
@@ -80,9 +99,9 @@ void finish_row(const Linear& op, int64_t b, const float* sums, int64_t first, i
   }
 }
 
-void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t stride, int64_t first,
-                 int64_t last) {
+void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t first, int64_t last) {
   Epilogue epilogue(op);
+  const int64_t stride = stride_of(lanes);
   alignas(64) float turned[kLanes][kSpan];
   for (int64_t o = first; o < last; o += kSpan) {
     const int64_t count = last - o < kSpan ? last - o : kSpan;
@@ -103,6 +122,26 @@ void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sum
   }
 }
 
+void finish_hidden(const Chain& chain, int64_t lanes, const float* sums, int64_t first, int64_t last, float* h) {
+  const Structure &w = *chain.first.weight, &reader = *chain.second.weight;
+  const int64_t stride = lanes ? stride_of(lanes) : 1, gates = chain.gated ? w.out / 2 : w.out;
+  Epilogue epilogue(chain.first);
+  for (int64_t r = first; r < last;) {
+    const bool times = r >= gates;                            // the other factor of a gate that stands in h already
+    const int64_t column = times ? r - gates : r, in_chunk = reader.width - column % reader.width;
+    int64_t rows = last - r < in_chunk ? last - r : in_chunk;  // as far as h has no gap, and the bias no more than a span
+    if (!times && gates - r < rows) rows = gates - r;
+    if (rows > kSpan) rows = kSpan;
+    const float* from = sums + (r - first) * stride;
+    float* to = h + slot(reader, column) * stride;
+    with_act(times ? Act::none : chain.first.act, [&](auto act) {
+      if (lanes) hidden_tile<act.value>(from, epilogue.bias(r, rows), rows, stride, times, to);
+      else hidden_row<act.value>(from, epilogue.bias(r, rows), rows, times, to);
+    });
+    r += rows;
+  }
+}
+
 void widen_row(const void* x, DType type, int64_t count, float* out) {
   with_dtype(type, [&](auto zero) {
     const auto* p = static_cast<const decltype(zero)*>(x);
@@ -116,8 +155,8 @@ float* scratch(int64_t floats, int buffer) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<float, Free> buffers[2];
-  thread_local int64_t sizes[2] = {0, 0};
+  thread_local std::unique_ptr<float, Free> buffers[3];
+  thread_local int64_t sizes[3] = {0, 0, 0};
   if (floats > sizes[buffer]) {
     buffers[buffer].reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
     if (!buffers[buffer]) throw std::bad_alloc();

@@ -8,7 +8,6 @@ namespace fanin {
 namespace {
 
 constexpr int kMaxVectors = 3;                                // 12 sums of 4 rows, 4 weights and one of them spread: 14 registers
-constexpr int64_t kWindow = 352 << 10;                        // bytes of x packed at a time: most of a small L2
 
 // x[lane : lane + lanes, c0 : c1] -> out[c1 - c0][vectors * kLanes]; lanes beyond repeat the first, nobody reads their sums.
 template <class X>
@@ -88,41 +87,17 @@ __attribute__((noinline)) void run(const V* w, const C* c, const Group* group, i
 }
 
 template <int T>
-void tile(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last) {
-  constexpr int64_t kStride = T * kLanes;
+void run_block(const Linear& op, int64_t block, int64_t chunk0, int64_t chunk1, const float* x, float* y) {
   const Structure& w = *op.weight;
-  const int64_t slot = (w.width + 1) * kStride;               // floats of a chunk of x, a zero column behind it
-  const int64_t most = kWindow / (slot * static_cast<int64_t>(sizeof(float)));
-  const int64_t windows = most >= w.chunks ? 1 : most == 0 ? w.chunks : (w.chunks + most - 1) / most;
-  const int64_t step = (w.chunks + windows - 1) / windows;
-  const int64_t row0 = w.first_row(first), tall = w.tallest() + 1;  // one more for the row that fills up groups
-  float* x = scratch(step * slot);
-  float* sums = scratch((windows == 1 ? tall : w.first_row(last) - row0 + tall) * kStride, 1);
-  for (int64_t chunk0 = 0; chunk0 < w.chunks; chunk0 += step) {
-    const int64_t chunk1 = chunk0 + step < w.chunks ? chunk0 + step : w.chunks;
-    for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
-      const int64_t c0 = chunk * w.width, c1 = c0 + w.width < w.in ? c0 + w.width : w.in;
-      float* to = x + (chunk - chunk0) * slot;
-      with_dtype(op.x_type, [&](auto zero) { pack<decltype(zero)>(op, lane, lanes, T, c0, c1, to); });
-      __builtin_memset(to + w.width * kStride, 0, kStride * sizeof(float));
-    }
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t r0 = w.first_row(block), r1 = w.first_row(block + 1);
-      float* y = windows == 1 ? sums : sums + (r0 - row0) * kStride;
-      if (chunk0 == 0) __builtin_memset(y, 0, (r1 - r0) * kStride * sizeof(float));
-      for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
-        const Segment* s = w.segments() + block * w.chunks + chunk;
-        with_dtype(op.value_type, [&](auto v) {
-          const auto* values = static_cast<const decltype(v)*>(op.values) + s->entry;
-          const float* from = x + (chunk - chunk0) * slot;
-          const Group* groups = w.groups() + s->group;
-          const int64_t count = s[1].group - s->group;
-          if (w.column_bytes == 1) run<T>(values, w.columns() + s->entry, groups, count, from, y);
-          else run<T>(values, reinterpret_cast<const uint16_t*>(w.columns()) + s->entry, groups, count, from, y);
-        });
-      }
-      if (chunk1 == w.chunks) finish_tile(op, lane, lanes, y, kStride, r0, r1);
-    }
+  for (int64_t chunk = chunk0; chunk < chunk1; ++chunk, x += (w.width + 1) * T * kLanes) {
+    const Segment* s = w.segments() + block * w.chunks + chunk;
+    const Group* groups = w.groups() + s->group;
+    const int64_t count = s[1].group - s->group;
+    with_dtype(op.value_type, [&](auto v) {
+      const auto* values = static_cast<const decltype(v)*>(op.values) + s->entry;
+      if (w.column_bytes == 1) run<T>(values, w.columns() + s->entry, groups, count, x, y);
+      else run<T>(values, reinterpret_cast<const uint16_t*>(w.columns()) + s->entry, groups, count, x, y);
+    });
   }
 }
 
@@ -131,11 +106,44 @@ void tile(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t 
 int64_t vector_lanes() { return kLanes; }
 int64_t max_vectors() { return kMaxVectors; }
 
+void pack_tile(const Linear& op, int64_t lane, int64_t lanes, int64_t chunk0, int64_t chunk1, float* x) {
+  const Structure& w = *op.weight;
+  const int64_t stride = stride_of(lanes);
+  for (int64_t chunk = chunk0; chunk < chunk1; ++chunk, x += (w.width + 1) * stride) {
+    const int64_t c0 = chunk * w.width, c1 = c0 + w.width < w.in ? c0 + w.width : w.in;
+    with_dtype(op.x_type, [&](auto zero) { pack<decltype(zero)>(op, lane, lanes, stride / kLanes, c0, c1, x); });
+    __builtin_memset(x + w.width * stride, 0, stride * sizeof(float));
+  }
+}
+
+void run_tile(const Linear& op, int64_t lanes, int64_t block, int64_t chunk0, int64_t chunk1, const float* x, float* y) {
+  const int64_t vectors = stride_of(lanes) / kLanes;
+  if (vectors == 1) return run_block<1>(op, block, chunk0, chunk1, x, y);
+  if (vectors == 2) return run_block<2>(op, block, chunk0, chunk1, x, y);
+  return run_block<3>(op, block, chunk0, chunk1, x, y);
+}
+
 void linear_lanes(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last) {
-  const int64_t vectors = (lanes + kLanes - 1) / kLanes;
-  if (vectors == 1) return tile<1>(op, lane, lanes, first, last);
-  if (vectors == 2) return tile<2>(op, lane, lanes, first, last);
-  return tile<3>(op, lane, lanes, first, last);
+  const Structure& w = *op.weight;
+  const int64_t stride = stride_of(lanes), chunk_floats = (w.width + 1) * stride;
+  const int64_t most = kWindow / (chunk_floats * static_cast<int64_t>(sizeof(float)));
+  const int64_t windows = most >= w.chunks ? 1 : most == 0 ? w.chunks : (w.chunks + most - 1) / most;
+  const int64_t step = (w.chunks + windows - 1) / windows;
+  // Between windows all sums are kept, otherwise those of a block.
+  const int64_t row0 = w.first_row(first), spare = w.tallest() + 1;
+  float* x = scratch(step * chunk_floats);
+  float* sums = scratch((windows == 1 ? spare : w.first_row(last) - row0 + spare) * stride, 1);
+  for (int64_t chunk0 = 0; chunk0 < w.chunks; chunk0 += step) {
+    const int64_t chunk1 = chunk0 + step < w.chunks ? chunk0 + step : w.chunks;
+    pack_tile(op, lane, lanes, chunk0, chunk1, x);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t r0 = w.first_row(block), r1 = w.first_row(block + 1);
+      float* y = windows == 1 ? sums : sums + (r0 - row0) * stride;
+      if (chunk0 == 0) __builtin_memset(y, 0, (r1 - r0) * stride * sizeof(float));
+      run_tile(op, lanes, block, chunk0, chunk1, x, y);
+      if (chunk1 == w.chunks) finish_tile(op, lane, lanes, y, r0, r1);
+    }
+  }
 }
 
 }  // namespace fanin

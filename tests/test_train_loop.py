@@ -57,6 +57,20 @@ def test_accumulated_micro_batches_choose_as_the_whole_batch_does(grad_steps: in
         torch.testing.assert_close(value, states[1][name])
 
 
+def test_gradients_zeroed_in_place_choose_as_fresh_ones_do() -> None:
+    states = []
+    for to_none in (True, False):
+        model, optimizer, sparse = start(grad_steps=2)
+        for step in range(12):
+            optimizer.zero_grad(set_to_none=to_none)
+            accumulate(model, step, 2)
+            optimizer.step()
+            sparse.step()
+            assert_agreement(sparse)
+        states.append(parameters(model))
+    assert_same_bits(*states)
+
+
 def test_the_recorded_gradient_is_the_dense_one_summed_over_the_window() -> None:
     """Three steps of two micro-batches before the update at step 5."""
     model, optimizer, sparse = start(F64, grad_steps=3, delta_t=5)

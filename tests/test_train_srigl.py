@@ -31,8 +31,15 @@ from tests.train_support import (
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "sgd foreach": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, foreach=True),
     "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01, weight_decay=1e-3),
+    "radam": lambda p: torch.optim.RAdam(p, 0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, 0.05, t0=5.0),  # starts to average, so that it has state
+    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.05),
     "adadelta": torch.optim.Adadelta,
@@ -352,6 +359,14 @@ def test_refusals_name_the_quantity_and_leave_the_model_alone(options: dict[str,
     before = parameters(model)
     with pytest.raises(OptionError, match=message):
         srigl(model, **options)
+    assert_same_bits(before, parameters(model))
+
+
+def test_an_option_that_does_not_exist_is_refused_before_anything_is_changed() -> None:
+    model = mlp(16, 32, 4)
+    before = parameters(model)
+    with pytest.raises(TypeError, match="sparsty"):
+        srigl(model, sparsty=0.5)
     assert_same_bits(before, parameters(model))
 
 

@@ -34,12 +34,20 @@ from fanin_compile.capture import (
 )
 from fanin_compile.errors import BuildError, RewriteError
 from fanin_compile.freshness import Watch, watch_fused_optimizers
-from fanin_compile.graph import Context, Gate, PipelineResult, attr_tensor, run_pipeline
+from fanin_compile.graph import (
+    Context,
+    Gate,
+    PipelineResult,
+    attr_tensor,
+    pack_by_default,
+    run_pipeline,
+)
 from fanin_compile.kernels import build
 from fanin_compile.mask import find_masked_weight
 from fanin_compile.options import Options
 from fanin_compile.passes import PIPELINE
 from fanin_compile.records import Skip
+from fanin_compile.tuning import tuned_pack
 
 log = logging.getLogger("fanin_compile")
 
@@ -180,7 +188,8 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             # the other sources are factors in the graph, or no mask at all
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
-    ctx = Context(_gate(settings), masks, names, settings.values_dtype)
+    packer = tuned_pack if settings.max_autotune else pack_by_default
+    ctx = Context(_gate(settings), masks, names, settings.values_dtype, pack=packer)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)
 
 
@@ -193,7 +202,11 @@ def _gate(settings: Options) -> Gate:
         _warn_once(f"fanin keeps every layer dense: {error}")
         missing = str(error)
         return lambda layer: Skip(layer.name, "no native kernels", {"error": missing})
-    return cost.gate if settings.cost_gate else lambda layer: None
+    if not settings.cost_gate:
+        return lambda layer: None
+    if settings.max_autotune:  # linears are measured when they are packed
+        return lambda layer: None if layer.op == "linear" else cost.gate(layer)
+    return cost.gate
 
 
 class _FreshGraph:

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
+from fanin_compile.packing import Packed, pack
 from fanin_compile.records import Layer, Rewrite, Skip
 
 log = logging.getLogger("fanin_compile")
@@ -44,6 +45,16 @@ class Gate(Protocol):
     def __call__(self, layer: Layer, /) -> Skip | None: ...
 
 
+class Packer(Protocol):
+    """Packs the weight of a linear layer and says how, in a few words or none; or the Skip that says why not."""
+
+    def __call__(self, weight: CondensedWeight, layer: Layer, /) -> tuple[Packed, str] | Skip: ...
+
+
+def pack_by_default(weight: CondensedWeight, layer: Layer) -> tuple[Packed, str]:
+    return pack(weight), ""
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may know beyond the graph.
@@ -53,6 +64,8 @@ class Context:
         masks_decide: what a mask leaves out counts as 0. Otherwise the graph's own meaning comes first: a non-zero
             outside the mask is active as well.
         names: get_attr target -> the layer's name in reports.
+        values_dtype: of condensed values; None keeps the weight's.
+        pack: how linear weights are packed, by default or as measured (tuning.py).
     """
 
     gate: Gate
@@ -60,6 +73,7 @@ class Context:
     names: Mapping[str, str] = field(default_factory=dict)
     values_dtype: torch.dtype | None = None
     masks_decide: bool = False
+    pack: Packer = pack_by_default
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

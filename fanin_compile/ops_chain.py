@@ -27,7 +27,9 @@ _ARGUMENTS = (
     'str activation2="none", Tensor? residual=None) -> Tensor'
 )
 _library = torch.library.Library("fanin", "FRAGMENT")
-_library.define("gather_matmul_chain" + _ARGUMENTS, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+_library.define(
+    "gather_matmul_chain" + _ARGUMENTS, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+)
 # called by the C++ kernel for what it leaves to two calls
 _library.define("gather_matmul_chain_reference" + _ARGUMENTS)
 
@@ -58,7 +60,9 @@ def reference_gather_matmul_chain(
         h = ACTIVATIONS[activation].forward(gate) * up
     else:
         h = first(x, values, structure, bias, hidden_features, activation)
-    y: Tensor = torch.ops.fanin.gather_matmul(h, values2, structure2, bias2, out_features, activation2, residual)
+    y: Tensor = torch.ops.fanin.gather_matmul(
+        h, values2, structure2, bias2, out_features, activation2, residual
+    )
     return y
 
 
@@ -110,13 +114,24 @@ def _fake_chain(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _chain_flops(
-    x: torch.Size, values: torch.Size, s: Any, b: Any, act: str, gated: bool, values2: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+    x: torch.Size,
+    values: torch.Size,
+    s: Any,
+    b: Any,
+    act: str,
+    gated: bool,
+    values2: torch.Size,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     return _gather_matmul_flops(x, values) + _gather_matmul_flops(x, values2)
 
 
 _library.impl("gather_matmul_chain", _chain, "CompositeExplicitAutograd")
-_library.impl("gather_matmul_chain", reference_gather_matmul_chain, "Autograd")  # any device; C++ takes AutogradCPU
+_library.impl(
+    "gather_matmul_chain", reference_gather_matmul_chain, "Autograd"
+)  # any device; C++ takes AutogradCPU
 _library.impl("gather_matmul_chain_reference", reference_gather_matmul_chain, "CompositeImplicitAutograd")
 torch.library.register_fake("fanin::gather_matmul_chain", _fake_chain, lib=_library)
 register_flop_formula(torch.ops.fanin.gather_matmul_chain)(_chain_flops)

@@ -206,6 +206,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             reason="" if became is not None else (refused or ["no pass took it"])[-1],
             changes=(
                 *(r.detail for r in done if r.became in ("folded", "narrowed")),
+                *([became.detail] if became is not None and became.detail else ()),
                 *(refused if became is not None else refused[:-1]),
             ),
         )

@@ -20,7 +20,6 @@ from fanin_compile.graph import (
     kernel_refuses,
     replace_node,
 )
-from fanin_compile.packing import pack
 from fanin_compile.records import Rewrite, Skip
 
 
@@ -28,6 +27,7 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
     constants = ConstantNodes(gm)
+    details: dict[fx.Node, str] = {}
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
         layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
         if layer is None or weight is None:
@@ -39,7 +39,11 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
             skipped.append(refusal)
             continue
         if dense not in constants:
-            packed = pack(weight.with_dtype(ctx.values_dtype))
+            packing = ctx.pack(weight.with_dtype(ctx.values_dtype), layer)
+            if isinstance(packing, Skip):
+                skipped.append(packing)
+                continue
+            packed, details[dense] = packing
             constants.add(dense, values=packed.values, structure=packed.structure)
         values, structure = constants[dense]
         replace_node(
@@ -48,5 +52,7 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
             (x, values, structure, bias, weight.out_features),
         )
         nbytes = constants.nbytes(dense)
-        rewritten.append(Rewrite(layer.name, "gather-matmul", bytes=nbytes, macs=layer.sparse_macs))
+        rewritten.append(
+            Rewrite(layer.name, "gather-matmul", bytes=nbytes, macs=layer.sparse_macs, detail=details[dense])
+        )
     return PassResult(tuple(rewritten), tuple(skipped))

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),  # the operators, each with its plain-torch reference
     ("ops_chain", "ops_conv"),
     ("kernels.variants",),  # one table of kernel variants
-    ("layers", "options", "freshness", "cost"),
+    ("layers", "options", "freshness", "cost", "tuning"),
     ("graph",),  # what passes share
     ("channels", "capture"),
     ("passes",),  # one rewrite a file

@@ -46,7 +46,14 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("job", "micro", "grad_steps"),
-    [("ddp", 1, 1), ("sparse-first", 1, 1), ("no-sync", 2, 2), ("fsdp", 1, 1), ("fsdp-micro", 2, 1)],
+    [
+        ("ddp", 1, 1),
+        ("sparse-first", 1, 1),
+        ("bucket-view", 2, 1),
+        ("no-sync", 2, 2),
+        ("fsdp", 1, 1),
+        ("fsdp-micro", 2, 1),
+    ],
 )
 def test_two_ranks_equal_one_process_on_the_joint_batch(
     compared: Path, job: str, micro: int, grad_steps: int

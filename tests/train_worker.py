@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -92,12 +93,13 @@ def alone(micro: int = 1, grad_steps: int = 1) -> dict[str, Tensor]:
     return state(model)
 
 
-def ddp(*, wrap_first: bool, micro: int = 1, grad_steps: int = 1) -> dict[str, Tensor]:
+def ddp(*, wrap_first: bool, micro: int = 1, grad_steps: int = 1, view: bool = False) -> dict[str, Tensor]:
     model = mlp(*WIDTHS, seed=dist.get_rank() if wrap_first else 0, dtype=F64)
-    run = DistributedDataParallel(model) if wrap_first else None  # gives all ranks rank 0's weights
+    wrap = functools.partial(DistributedDataParallel, gradient_as_bucket_view=view)
+    run = wrap(model) if wrap_first else None  # gives all ranks rank 0's weights
     optimizer = optimizer_for(model)
     sparse = SRigL(run or model, optimizer, **options(grad_steps))
-    run = run or DistributedDataParallel(model)
+    run = run or wrap(model)
     synchronised = [buffer.dtype for buffer in run.modules_buffers]
     assert torch.bool not in synchronised, "DDP would broadcast the masks in every forward"
     train(run, optimizer, sparse, micro=micro)
@@ -122,6 +124,7 @@ def compare(directory: Path) -> None:
     jobs: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ddp": lambda: ddp(wrap_first=True),
         "sparse-first": lambda: ddp(wrap_first=False),
+        "bucket-view": lambda: ddp(wrap_first=True, micro=2, view=True),
         "no-sync": lambda: ddp(wrap_first=True, micro=2, grad_steps=2),
         "fsdp": fsdp,
         "fsdp-micro": lambda: fsdp(micro=2),

@@ -21,9 +21,8 @@ from fanin_compile.errors import FaninError, OptionError
 from fanin_compile.train.checkpoint import restore, save
 from fanin_compile.train.gradient import all_finite, close_step, dense_gradient, forget, record
 from fanin_compile.train.initialise import InitScheme, check_scheme, initial_weight
-from fanin_compile.train.layers import SparseLayer
+from fanin_compile.train.layers import SparseLayer, unwrap
 from fanin_compile.train.optimizer_state import clear_inactive_state, group_of, is_elementwise
-from fanin_compile.train.options import unwrap
 from fanin_compile.train.plan import LayerOptions, make_plan
 from fanin_compile.train.schedule import UpdateSchedule
 from fanin_compile.train.shards import from_first_rank, keep_from_ddp, local

@@ -155,6 +155,17 @@ class SparseLayer:
         self._multiplier_of = (None, 0)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def sparse_attributes(module: nn.Module) -> Iterator[tuple[str, bool, int, int]]:
     """(attribute, transposed, projections, heads) of each weight of ``module`` that can be sparse."""
     if isinstance(module, _ROW_LAYERS):

@@ -1,8 +1,6 @@
-"""The keyword arguments that every method takes, and the model inside a user's wrappers."""
+"""The keyword arguments that every method takes."""
 
 from __future__ import annotations
-
-from torch import nn
 
 from fanin_compile.train.initialise import InitScheme
 from fanin_compile.train.plan import LayerOptions
@@ -19,14 +17,3 @@ class Options(LayerOptions, total=False):
     init: InitScheme
     grad_steps: int
     seed: int
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fanin_compile.errors import OptionError
 from fanin_compile.train.allocation import fan_in
-from fanin_compile.train.layers import SparseLayer
-from fanin_compile.train.options import unwrap
+from fanin_compile.train.layers import SparseLayer, unwrap
 from fanin_compile.train.plan import LayerOptions, Plan, make_plan
 from fanin_compile.train.ranking import largest_per_row
 from fanin_compile.train.shards import from_first_rank, local, mean_gradient

@@ -2,7 +2,7 @@
 
 Everything here works on one layer seen as a matrix, [neurons, dense fan-in], and loops over nothing: neurons are
 rows, and a row of the mask that is all False is an ablated neuron. What concerns active weights is done on lists
-of flat indices, which at 90 % sparsity are a tenth of the matrix. Of equal scores the lowest index wins.
+of flat indices, which at 90 % sparsity are a tenth of the matrix.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def constant_fan_in_update(
         min_salient: ablate neurons with fewer salient weights than this; None keeps those that live.
 
     Returns:
-        bool [n, f] with exactly k' inputs in every living neuron and none in the others.
+        bool [n, f] with exactly k' inputs in every living neuron and none in the others. Of equal scores the lowest
+        index wins: a neuron that no gradient reached grows its first inactive inputs.
     """
     n, f = mask.shape
     active = positions(mask)

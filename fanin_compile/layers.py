@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fanin_compile import ops, ops_conv  # noqa: F401  (they define the operators called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FormatError
-from fanin_compile.packing import Packed, pack, unpack
+from fanin_compile.packed import Packed, unpack
+from fanin_compile.packing import pack
 
 
 class CondensedLayer(nn.Module):

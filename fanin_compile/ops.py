@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .errors import BuildError
 from .kernels import build
-from .packing import decode
+from .packed import decode
 
 log = logging.getLogger("fanin_compile")
 aten = torch.ops.aten

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..condensed import CondensedWeight
-from ..packing import Packed, pack
+from ..packed import Packed
+from ..packing import pack
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,21 @@ def model(
 
 
 @bench_app.command()
+def targets(
+    threads: Threads = "1,2",
+    seconds: Seconds = 1.0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Everything the linear kernels aim at, next to what this host reaches (about ten minutes)."""
+    from fanin_compile.bench.targets import bench_targets
+
+    result = bench_targets(threads=_numbers(int, threads, "--threads"), seconds=seconds, quick=quick)
+    print(result)
+    result.save(json_file)
+
+
+@bench_app.command()
 def conv(
     batches: Batches = "1,8",
     sparsity: Annotated[float, typer.Option(min=0.0, max=0.999, help="share of weights left out")] = 0.9,

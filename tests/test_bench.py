@@ -39,6 +39,16 @@ def test_quick_run_of_a_whole_model() -> None:
     assert "mlp, 50% ablated" in result.output
 
 
+def test_quick_run_of_the_targets(tmp_path: Path) -> None:
+    file = tmp_path / "targets.json"
+    result = CliRunner().invoke(app, ["bench", "targets", "--quick", "--threads", "1", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    targets = json.loads(file.read_text())["targets"]
+    assert f"of {len(targets)} met" in result.output
+    assert all(t["met"] == (t["reached"] >= t["aim"] if t["least"] else t["reached"] <= t["aim"]) for t in targets)
+    assert {t["unit"] for t in targets} == {"x", "%", "us"}
+
+
 def test_quick_run_of_a_convolution(tmp_path: Path) -> None:
     file = tmp_path / "conv.json"
     result = CliRunner().invoke(app, ["bench", "conv", "--quick", "--batches", "1", "--json", str(file)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fanin_compile import mask
+from fanin_compile.bench.onemkl import onemkl
 from fanin_compile.condense import condense
 
 Run = Callable[[], object]
@@ -123,5 +124,6 @@ CONTENDERS: dict[str, Contender] = {
     "gather by tensor ops": gather_tensor_ops,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "oneMKL sparse": onemkl,
 }
 QUICK = ("fanin", "condensed module", "eager")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,51 @@ class BenchResult:
             json_file.write_text(self.to_json())
         if plot_file is not None:
             plot(self, plot_file)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line: reached counts as met from `aim` on, or up to it where less is better."""
+
+    what: str
+    aim: float
+    reached: float
+    unit: str = "x"
+    least: bool = True  # the aim is a lower bound
+
+    @property
+    def met(self) -> bool:
+        return self.reached >= self.aim if self.least else self.reached <= self.aim
+
+    def cells(self) -> list[str]:
+        sign = ">=" if self.least else "<="
+        return [
+            self.what,
+            f"{sign} {_number(self.aim)} {self.unit}",
+            f"{_number(self.reached)} {self.unit}",
+            "met" if self.met else "missed",
+        ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    machine: str
+    targets: tuple[Target, ...]
+
+    def __str__(self) -> str:
+        rows = [target.cells() for target in self.targets]
+        met = sum(target.met for target in self.targets)
+        table = tabulate(rows, ["what", "aim", "reached", ""], disable_numparse=True)
+        return f"{self.machine}\n{table}\n{met} of {len(rows)} met"
+
+    def save(self, json_file: Path | None) -> None:
+        if json_file is not None:
+            fields = [{**asdict(target), "met": target.met} for target in self.targets]
+            json_file.write_text(json.dumps({"machine": self.machine, "targets": fields}, indent=2))
 
 
 def plot(result: BenchResult, path: Path) -> None:

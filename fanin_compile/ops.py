@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .errors import BuildError
+from .errors import BuildError, FormatError
 from .kernels import build
-from .packed import decode
+from .packed import Header, decode
 
 log = logging.getLogger("fanin_compile")
 aten = torch.ops.aten
@@ -38,6 +38,11 @@ class Activation:
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)  # aten.silu_backward has no derivative of its own
+    return grad * s * (1 + z * (1 - s))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "none": Activation(lambda z: z, lambda g, z: g),
     "relu": Activation(torch.relu, lambda g, z: aten.threshold_backward(g, z, 0)),
@@ -46,7 +51,7 @@ ACTIVATIONS: dict[str, Activation] = {
         functools.partial(F.gelu, approximate="tanh"),
         lambda g, z: aten.gelu_backward(g, z, approximate="tanh"),
     ),
-    "silu": Activation(F.silu, lambda g, z: aten.silu_backward(g, z)),
+    "silu": Activation(F.silu, _silu_backward),
     "hardswish": Activation(F.hardswish, lambda g, z: aten.hardswish_backward(g, z)),
     "sigmoid": Activation(torch.sigmoid, lambda g, z: aten.sigmoid_backward(g, torch.sigmoid(z))),
     "tanh": Activation(torch.tanh, lambda g, z: aten.tanh_backward(g, torch.tanh(z))),
@@ -79,7 +84,12 @@ _library.define(
 
 def _packed_to_dense(values: Tensor, structure: Tensor, out_features: int, in_features: int) -> Tensor:
     """The dense weight [out, in]."""
-    _, index, entry = decode(structure)
+    header, index, entry = decode(structure)
+    _expect_shape(header, out_features, in_features)
+    if values.ndim != 1 or len(values) < header.entries:
+        raise FormatError(
+            f"values has shape {tuple(values.shape)}, expected at least {header.entries} elements"
+        )
     dense = values.new_zeros(out_features * in_features)
     dense[index] = values[entry]
     return dense.view(out_features, in_features)
@@ -87,10 +97,19 @@ def _packed_to_dense(values: Tensor, structure: Tensor, out_features: int, in_fe
 
 def _dense_to_packed(dense: Tensor, structure: Tensor, entries: int) -> Tensor:
     """What stands in a dense [out, in] where the packed weight has its values, in their order [entries]."""
-    _, index, entry = decode(structure)
+    header, index, entry = decode(structure)
+    _expect_shape(header, *dense.shape)
     packed = dense.new_zeros(entries)
     packed[entry] = dense.flatten()[index]
     return packed
+
+
+def _expect_shape(header: Header, out_features: int, in_features: int) -> None:
+    if (header.out, header.in_) != (out_features, in_features):
+        raise FormatError(
+            f"out_features, in_features are {out_features}, {in_features}, "
+            f"expected the packed weight's {header.out}, {header.in_}"
+        )
 
 
 def reference_gather_matmul(
@@ -141,7 +160,7 @@ def gather_matmul(
     Returns: [..., out_features] in x's dtype; sums are kept in fp32. Ablated neurons are activation(bias + residual).
 
     Raises:
-        ValueError: parts that do not fit together.
+        ValueError: parts that do not fit together, a structure of another version, an unknown activation.
     """
     y: Tensor = torch.ops.fanin.gather_matmul(x, values, structure, bias, out_features, activation, residual)
     return y
@@ -198,16 +217,17 @@ class _GatherMatmul(torch.autograd.Function):
         if ctx.activation != "none":
             z = torch.ops.fanin.gather_matmul(x, values, structure, bias, ctx.out_features, "none", residual)
             grad = ACTIVATIONS[ctx.activation].backward(grad, z)
-        g = grad.reshape(math.prod(x.shape[:-1]), ctx.out_features).to(values.dtype)  # [b, out]
+        wide = torch.promote_types(x.dtype, values.dtype)
+        g = grad.reshape(math.prod(x.shape[:-1]), ctx.out_features).to(wide)  # [b, out]
         by_bias = g.sum(0).to(bias.dtype) if wants_bias else None
         by_residual = grad.to(residual.dtype) if wants_residual else None
         by_x = by_values = None
         if wants_x:
             dense = torch.ops.fanin.packed_to_dense(values, structure, ctx.out_features, x.shape[-1])
-            by_x = (g @ dense).view(x.shape).to(x.dtype)
+            by_x = (g @ dense.to(wide)).view(x.shape).to(x.dtype)
         if wants_values:
-            by_dense = g.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype)  # [out, in]
-            by_values = torch.ops.fanin.dense_to_packed(by_dense, structure, values.shape[0])
+            by_dense = g.t() @ x.reshape(len(g), x.shape[-1]).to(wide)  # [out, in]
+            by_values = torch.ops.fanin.dense_to_packed(by_dense.to(values.dtype), structure, values.shape[0])
         return by_x, by_values, by_bias, by_residual, None
 
 
@@ -248,6 +268,33 @@ def _gather_matmul_flops(
     return 2 * math.prod(x[:-1]) * math.prod(values)
 
 
+# Each of the two is linear in its first argument, and the other one's transpose.
+
+
+def _save_structure(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensor, structure, *_ = inputs
+    ctx.save_for_backward(structure)
+    ctx.shape = tensor.shape
+
+
+def _packed_to_dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (structure,) = ctx.saved_tensors
+    return torch.ops.fanin.dense_to_packed(grad, structure, *ctx.shape), None, None, None
+
+
+def _dense_to_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (structure,) = ctx.saved_tensors
+    return torch.ops.fanin.packed_to_dense(grad, structure, *ctx.shape), None, None
+
+
+def _fake_packed_to_dense(values: Tensor, structure: Tensor, out_features: int, in_features: int) -> Tensor:
+    return values.new_empty(out_features, in_features)
+
+
+def _fake_dense_to_packed(dense: Tensor, structure: Tensor, entries: int) -> Tensor:
+    return dense.new_empty(entries)
+
+
 _library.impl("gather_matmul", _gather_matmul, "CompositeExplicitAutograd")
 _library.impl("gather_matmul", _with_grad, "Autograd")  # any device; C++ takes AutogradCPU
 _library.impl("gather_matmul_reference", reference_gather_matmul, "CompositeExplicitAutograd")
@@ -255,8 +302,12 @@ _library.impl("gather_matmul_with_grad", _with_grad, "CompositeImplicitAutograd"
 _library.impl("packed_to_dense", _packed_to_dense, "CompositeExplicitAutograd")
 _library.impl("dense_to_packed", _dense_to_packed, "CompositeExplicitAutograd")
 torch.library.register_fake("fanin::gather_matmul", _fake_gather_matmul, lib=_library)
-torch.library.register_fake(
-    "fanin::packed_to_dense", lambda v, s, out_features, in_features: v.new_empty(out_features, in_features), lib=_library
+torch.library.register_fake("fanin::packed_to_dense", _fake_packed_to_dense, lib=_library)
+torch.library.register_fake("fanin::dense_to_packed", _fake_dense_to_packed, lib=_library)
+torch.library.register_autograd(
+    "fanin::packed_to_dense", _packed_to_dense_backward, setup_context=_save_structure, lib=_library
 )
-torch.library.register_fake("fanin::dense_to_packed", lambda d, s, entries: d.new_empty(entries), lib=_library)
+torch.library.register_autograd(
+    "fanin::dense_to_packed", _dense_to_packed_backward, setup_context=_save_structure, lib=_library
+)
 register_flop_formula(torch.ops.fanin.gather_matmul)(_gather_matmul_flops)

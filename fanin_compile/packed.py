@@ -187,10 +187,14 @@ class _Parts:
     def check(self) -> None:
         """FormatError unless kernels that follow it stay inside their arrays."""
         h, groups, entries = self.header, self.segments[:, 0], self.segments[:, 1]
-        rows, pairs = self.table[:, :GROUP_ROWS], self.table[:, GROUP_ROWS]
-        ends = PAIR * torch.cat([pairs.new_zeros(1), pairs.cumsum(0)])  # [groups + 1]
         _sound("segments", int(groups[0]) == 0 and bool((groups.diff() >= 0).all()))
-        _sound("groups", bool((pairs > 0).all()) and bool((rows <= h.tallest).all()))
+        pairs = self.table[:, GROUP_ROWS]
+        ends = PAIR * torch.cat([pairs.new_zeros(1), pairs.cumsum(0)])  # [groups + 1]
+        rows = self.table[:, :GROUP_ROWS].sort(1).values
+        block = torch.repeat_interleave(groups.diff()) // h.chunks
+        height = (h.first_row(block + 1) - h.first_row(block))[:, None]  # what stands for no row
+        twice = (rows.diff(dim=1) == 0) & (rows[:, 1:] < height)
+        _sound("groups", bool((pairs > 0).all()) and bool((rows <= height).all()) and not bool(twice.any()))
         _sound("entries", int(ends[-1]) == h.entries and torch.equal(ends[groups], entries))
         _sound("columns", bool((self.columns <= h.width).all()))
 

@@ -109,10 +109,24 @@ def test_tied_layers_share_one_mask_and_either_name_means_them() -> None:
     assert_agreement(sparse)
 
 
-def test_frozen_and_unsupported_weights_are_not_found() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 3), nn.Embedding(4, 4))
+def test_weights_that_cannot_be_sparse_are_named_with_the_reason() -> None:
+    model = nn.Sequential(
+        *(nn.Linear(4, 4) for _ in range(5)), nn.ConvTranspose1d(4, 4, 3), nn.Embedding(4, 4)
+    )
     model[1].requires_grad_(False)
-    assert [layer.name for layer in find_layers(model)] == ["0.weight"]
+    nn.utils.parametrizations.weight_norm(model[2])
+    nn.utils.prune.l1_unstructured(model[3], "weight", 0.5)
+    model[4].weight = model[6].weight
+    layers, dense = find_layers(model)
+    assert [layer.name for layer in layers] == ["0.weight"]
+    assert dense == {
+        "1.weight": "frozen",
+        "2.weight": "computed from other parameters",
+        "3.weight": "computed from other parameters",
+        "4.weight": "tied to a weight that is always dense",
+    }
+    with pytest.raises(OptionError, match=r"no layer is left to make sparse.*2.weight: computed"):
+        start(model, exclude="0")
 
 
 def test_a_lazy_module_without_a_shape_is_refused() -> None:

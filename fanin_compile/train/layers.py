@@ -178,32 +178,40 @@ def sparse_attributes(module: nn.Module) -> Iterator[tuple[str, bool, int, int]]
         yield "weight", True, 1, 1
 
 
-def find_layers(model: nn.Module, mha_blocks: MhaBlocks = "matrix") -> list[SparseLayer]:
-    """Every weight of ``model`` that can be sparse, in the order of its modules.
-
-    Left out: frozen Parameters, and Parameters tied to something else (an embedding), which stays dense.
-    """
+def find_layers(
+    model: nn.Module, mha_blocks: MhaBlocks = "matrix"
+) -> tuple[list[SparseLayer], dict[str, str]]:
+    """Every weight of ``model`` that can be sparse, in the order of its modules; and the name of each weight of such
+    a module that cannot, with the reason."""
     if mha_blocks not in ("matrix", "projection", "head"):
         raise OptionError(f"mha_blocks is {mha_blocks!r}; expected 'matrix', 'projection' or 'head'")
     layers: dict[Parameter, SparseLayer] = {}
+    dense: dict[str, str] = {}
     tied_elsewhere: set[Parameter] = set()
     for module_name, module in model.named_modules():
         here: set[str] = set()
         for attribute, transposed, projections, heads in sparse_attributes(module):
             here.add(attribute)
-            param = module._parameters.get(attribute)
-            if param is None or not param.requires_grad:
-                continue
             name = f"{module_name}.{attribute}" if module_name else attribute
-            if isinstance(param, UninitializedParameter):
+            if attribute not in module._parameters:
+                dense[name] = "computed from other parameters"  # a parametrization, torch.nn.utils.prune
+                continue
+            param = module._parameters[attribute]
+            if param is None:
+                continue
+            if not param.requires_grad:
+                dense[name] = "frozen"
+            elif isinstance(param, UninitializedParameter):
                 raise OptionError(
                     f"{name} has no shape yet; run the lazy module once before making it sparse"
                 )
-            if param in layers:
+            elif param in layers:
                 layers[param].owners.append((module, attribute))
                 layers[param].tied_names.append(name)
-                continue
-            blocks = {"matrix": 1, "projection": projections, "head": projections * heads}[mha_blocks]
-            layers[param] = SparseLayer(name, param, [(module, attribute)], [name], transposed, blocks)
+            else:
+                blocks = {"matrix": 1, "projection": projections, "head": projections * heads}[mha_blocks]
+                layers[param] = SparseLayer(name, param, [(module, attribute)], [name], transposed, blocks)
         tied_elsewhere.update(p for a, p in module._parameters.items() if p is not None and a not in here)
-    return [layer for param, layer in layers.items() if param not in tied_elsewhere]
+    for param in [param for param in layers if param in tied_elsewhere]:
+        dense[layers.pop(param).name] = "tied to a weight that is always dense"  # an embedding
+    return list(layers.values()), dense

@@ -73,8 +73,7 @@ def make_plan(
     """Choose the layers and give each its budget of active weights."""
     if allocation not in ("erk", "uniform"):
         raise OptionError(f"allocation is {allocation!r}; expected 'erk' or 'uniform'")
-    layers = find_layers(model, mha_blocks)
-    dense: dict[str, str] = {}
+    layers, dense = find_layers(model, mha_blocks)
     if include is not None:
         included = choose(layers, "include", include)
         dense.update({layer.name: "not included" for layer in layers if layer.name not in included})

@@ -89,7 +89,7 @@ class TrainingReport:
         self._positions: dict[str, float] = {}
         self._dense_macs: float | None = None
         if example_inputs is not None:
-            everything = find_layers(sparse.model)
+            everything, _ = find_layers(sparse.model)
             self._positions = positions_per_example(sparse.model, everything, example_inputs)
             self._dense_macs = sum(
                 layer.param.numel() * self._positions.get(layer.name, 0.0) for layer in everything

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fanin_compile.errors import OptionError
 from fanin_compile.train import SRigL
@@ -115,7 +116,7 @@ def test_weights_that_cannot_be_sparse_are_named_with_the_reason() -> None:
     )
     model[1].requires_grad_(False)
     nn.utils.parametrizations.weight_norm(model[2])
-    nn.utils.prune.l1_unstructured(model[3], "weight", 0.5)
+    prune.l1_unstructured(model[3], "weight", 0.5)
     model[4].weight = model[6].weight
     layers, dense = find_layers(model)
     assert [layer.name for layer in layers] == ["0.weight"]

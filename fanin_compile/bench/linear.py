@@ -8,7 +8,7 @@ from rich.progress import track
 
 from fanin_compile.bench.cases import LinearCase, build
 from fanin_compile.bench.contenders import CONTENDERS, QUICK
-from fanin_compile.bench.measure import Row, nnz_of, run_case
+from fanin_compile.bench.measure import Row, nnz_of, packed_nbytes, run_case
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host, roofline
 
@@ -72,4 +72,5 @@ def _rows(
             seconds=seconds,
             nnz_macs=case.batch * nnz_of(model),
             target=target(case.sparsity, case.batch) if targets else None,
+            nbytes=packed_nbytes(model) if case.batch == 1 else None,
         )

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fanin_compile.bench.contenders import CONTENDERS, DENSE
+from fanin_compile.bench.roofline import Roofline
+from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FaninError
+from fanin_compile.packing import pack
 from fanin_compile.timing import Timing, interleaved, threads
 
 
@@ -27,6 +30,7 @@ class Row:
         dense: the dense contender that was fastest.
         macs_per_ns: useful (non-zero) multiply-adds of ours per nanosecond, over all threads.
         target: the least ratio aimed at, if one is set for the case.
+        nbytes: of the packed weights, where they are what bounds a call: at one batch row.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Row:
     times: Mapping[str, Timing]
     nnz_macs: int
     target: float | None = None
+    nbytes: int | None = None
 
     @property
     def dense(self) -> str:
@@ -48,6 +53,13 @@ class Row:
     @property
     def macs_per_ns(self) -> float:
         return self.nnz_macs / self.times["fanin"].median
+
+    def share(self, roofline: Roofline) -> tuple[float, str]:
+        """Of what the host can do: of its peak in multiply-adds, or of streaming the weights at one batch row."""
+        if self.nbytes is None:
+            return self.macs_per_ns / roofline.macs_per_ns / self.threads, "FMA"
+        bandwidth = roofline.stream(self.nbytes) * self.threads
+        return self.nbytes / self.times["fanin"].median / bandwidth, "stream"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -75,6 +87,7 @@ def run_case(
     seconds: float,
     nnz_macs: int,
     target: float | None = None,
+    nbytes: int | None = None,
 ) -> Row:
     """Build the contenders at `threads_used` threads, compare each with fp64, then time them in turn.
 
@@ -90,7 +103,7 @@ def run_case(
         _check(model, x, {contender: run() for contender, run in runs.items()})
         timings = interleaved(list(runs.values()), seconds)
     times = dict(zip(runs, timings, strict=True))
-    return Row(name, sparsity, len(x), threads_used, times, nnz_macs, target)
+    return Row(name, sparsity, len(x), threads_used, times, nnz_macs, target, nbytes)
 
 
 def _check(model: nn.Module, x: Tensor, outputs: Mapping[str, object], rows: int = 64) -> None:
@@ -109,6 +122,12 @@ def _check(model: nn.Module, x: Tensor, outputs: Mapping[str, object], rows: int
 def nnz_of(model: nn.Module) -> int:
     """Non-zero weights of all linear layers: the multiply-adds of one batch row."""
     return sum(int((m.weight != 0).sum()) for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def packed_nbytes(model: nn.Module) -> int:
+    """Bytes of all linear layers' weights when packed."""
+    weights = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
+    return sum(pack(CondensedWeight.from_dense(weight)).nbytes for weight in weights)
 
 
 def geometric_mean(numbers: Sequence[float]) -> float:

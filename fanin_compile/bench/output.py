@@ -55,14 +55,11 @@ class BenchResult:
             if row.target is None
             else f">= {row.target:g} {'met' if row.ratio >= row.target else 'MISSED'}"
         )
-        peak = (
-            ""
-            if self.roofline is None
-            else f"{row.macs_per_ns / self.roofline.macs_per_ns / row.threads:.0%}"
-        )
+        share, kind = ("", "") if self.roofline is None else row.share(self.roofline)
+        of = f"{share:.0%} {kind}" if kind else ""
         return [
             *(row.name, f"{row.sparsity:.0%}", str(row.threads), str(row.batch), *times),
-            *(f"{row.ratio:.2f}", target, f"{row.macs_per_ns:.1f}", peak),
+            *(f"{row.ratio:.2f}", target, f"{row.macs_per_ns:.1f}", of),
         ]
 
     def save(self, json_file: Path | None, plot_file: Path | None) -> None:

@@ -146,7 +146,7 @@ Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& st
 // ---- two layers in one call ---------------------------------------------------------------------------------------
 
 constexpr int64_t kHiddenBytes = 448 << 10;    // of packed x and h of a tile: most of a small L2
-constexpr int64_t kHiddenMost = 1 << 20;       // of one vector of lanes: beyond, h is better written to memory
+constexpr int64_t kHiddenMost = 960 << 10;     // of one vector of lanes: beyond, h is better written to memory
 
 void chain_row(const fanin::Chain& chain) {
   const fanin::Structure &w = *chain.first.weight, &w2 = *chain.second.weight;

@@ -68,7 +68,7 @@ __attribute__((noinline)) void run(  // inlined, its loop is short of registers:
     const V* w, const C* c, const Group* group, int64_t groups, const float* x, float* sums) {
   for (const Group* end = group + groups; group < end; ++group) {
     v8 acc{};
-    const V* stop = w + 8 * group->pairs;
+    const V* stop = w + 8 * int64_t{group->pairs};
     do {
       acc += widen<8>(w) * gather(x, c);
       w += 8, c += 8;

@@ -66,7 +66,7 @@ __attribute__((noinline)) void run(const V* w, const C* c, const Group* group, i
     const auto add = [&](int r, vf weight, const float* p) {
       for (int t = 0; t < T; ++t) sums[r][t] += weight * load_raw<vf>(p + t * kLanes);
     };
-    const V* stop = w + 8 * group->pairs;
+    const V* stop = w + 8 * int64_t{group->pairs};
     do {
       const Columns8<C, kStride> column(c);
       const Weights4 a(w);

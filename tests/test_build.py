@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fanin_compile import ops
 from fanin_compile.errors import BuildError
 from fanin_compile.kernels import build
 
@@ -110,23 +109,15 @@ def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path: Path) 
     script = """
 import logging, torch
 from fanin_compile import ops
+from fanin_compile.condensed import CondensedWeight
+from fanin_compile.packing import pack
 logging.basicConfig()
-values, indices = torch.tensor([[2.0, 3.0]]), torch.tensor([[0, 2]], dtype=torch.uint8)
-plan = ops.gather_matmul_plan(indices, None, 3)
+packed = pack(CondensedWeight.from_dense(torch.tensor([[2.0, 0.0, 3.0]])))
 for _ in range(2):
-    y = ops.gather_matmul(torch.tensor([[1.0, 10.0, 100.0]]), values, indices, plan=plan)
+    y = ops.gather_matmul(torch.tensor([[1.0, 10.0, 100.0]]), packed.values, packed.structure, None, 1)
     assert y.tolist() == [[302.0]], y
-assert plan.shape == (ops.plan_size(1, 3),)
 """
     environment = os.environ | {"CXX": "no-such-compiler", "FANIN_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no-such-compiler") == 1, done.stderr
-
-
-def test_a_plan_made_without_the_kernels_still_gives_right_results() -> None:
-    indices = torch.tensor([[0, 2], [1, 2]], dtype=torch.uint8)
-    values, x = torch.randn(2, 2), torch.randn(5, 3)
-    empty = torch.zeros(ops.plan_size(2, 3), dtype=torch.int32)
-    expected = ops.reference_gather_matmul(x, values, indices)
-    torch.testing.assert_close(ops.gather_matmul(x, values, indices, plan=empty), expected)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fanin_compile.graph import CONDENSED, LAYER
+from fanin_compile.graph import CONDENSED, LAYER, attr_tensor
+from fanin_compile.packed import Header, Packed, unpack
+from fanin_compile.packing import pack
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.records import Skip
 from tests.compile_support import randn, sparse_linear
@@ -20,13 +22,16 @@ def test_swaps_the_sparse_linear_and_leaves_the_dense_one(ablated: int) -> None:
     gm = graph_of(model, x)
     result = run(gm, condense_linear, inputs=(x,))
     (node,) = calls(gm, gather_matmul)
+    bias = next(n for n in gm.graph.find_nodes(op="get_attr") if str(n.target) == "0.bias")
     assert len(calls(gm, aten.linear.default)) == 1
     assert node.meta[LAYER].name == "0"
     assert node.meta[CONDENSED].n_ablated == ablated
     (rewrite,) = result.rewritten
     assert (rewrite.layer, rewrite.became) == ("0", "gather-matmul")
-    parts = {name: buffer for name, buffer in gm.named_buffers() if not name.startswith("0.")}
-    assert rewrite.bytes == sum(part.nbytes for part in parts.values())
+    values, structure = (attr_tensor(gm, str(part.target)) for part in node.args[1:3])
+    assert rewrite.bytes == values.nbytes + structure.nbytes
+    assert torch.equal(unpack(Packed(values, structure)).to_dense(), model[0].weight)
+    assert node.args[3:] == (bias, 32)
     assert not any(str(n.target) == "0.weight" for n in gm.graph.find_nodes(op="get_attr"))
 
 
@@ -61,7 +66,9 @@ def test_a_shared_weight_is_stored_once() -> None:
     gm = graph_of(Model(), x)
     run(gm, condense_linear, inputs=(x,))
     first, second = calls(gm, gather_matmul)
-    assert first.args[1:5] == second.args[1:5]
+    assert first.args[1:3] == second.args[1:3]
+    names = [name for name, _ in gm.named_buffers()]
+    assert sum(name.endswith("_structure") for name in names) == 1, names
 
 
 def test_values_in_another_dtype() -> None:
@@ -72,3 +79,23 @@ def test_values_in_another_dtype() -> None:
     run(gm, condense_linear, ctx=context(gm, values_dtype=torch.bfloat16), inputs=(x,))
     (values,) = (b for name, b in gm.named_buffers() if name.endswith("_values"))
     assert values.dtype == torch.bfloat16
+
+
+def test_a_layer_whose_packing_is_refused_stays_dense() -> None:
+    x = randn(5, 64)
+    gm = graph_of(sparse_linear(64, 32, 6), x)
+    ctx = context(gm, pack=lambda weight, layer: Skip(layer.name, "was measured", {"fan-in": weight.fan_in}))
+    result = run(gm, condense_linear, ctx=ctx, inputs=(x,))
+    assert [str(s) for s in result.skipped] == ["was measured (fan-in 6)"]
+    assert not result.rewritten
+    assert not calls(gm, gather_matmul)
+
+
+def test_the_packing_is_the_contexts_and_its_words_are_in_the_report() -> None:
+    x = randn(5, 64)
+    gm = graph_of(sparse_linear(64, 32, 6), x)
+    ctx = context(gm, pack=lambda weight, layer: (pack(weight, width=7), f"seven for {layer.name}"))
+    result = run(gm, condense_linear, ctx=ctx, inputs=(x,))
+    assert [rewrite.detail for rewrite in result.rewritten] == [f"seven for {result.rewritten[0].layer}"]
+    (node,) = calls(gm, gather_matmul)
+    assert Header.read(attr_tensor(gm, str(node.args[2].target))).width == 7

@@ -18,7 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records", "timing", "guards", "decompositions"),  # facts and means, nothing of ours beneath
     ("mask",),  # every mask source -> one bool mask
     ("condensed",),  # the format
-    ("packing",),  # the same in the order of the kernels
+    ("packed",),  # the same in the order of the kernels
+    ("packing",),  # from one to the other
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
     ("ops_chain", "ops_conv"),

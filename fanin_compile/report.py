@@ -20,6 +20,7 @@ from fanin_compile.export import MODEL, RESULT
 from fanin_compile.graph import PipelineResult
 from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
+from fanin_compile.packing import pack
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,10 @@ def _explain_plan(model: nn.Module) -> Report:
     layers: list[LayerReport] = []
     for candidate in candidates(model):
         if candidate.weight is not None:
-            op = _op(candidate)
-            became = (
-                "gather-matmul"
-                if candidate.weight.values.ndim and len(candidate.weight.shape) == 2
-                else "gather-conv"
-            )
-            row = _weight_row(candidate.name, op, candidate.weight, candidate.weight.nbytes, became, None)
+            linear = len(candidate.weight.shape) == 2
+            nbytes = pack(candidate.weight).nbytes if linear else candidate.weight.nbytes
+            became = "gather-matmul" if linear else "gather-conv"
+            row = _weight_row(candidate.name, _op(candidate), candidate.weight, nbytes, became, None)
             layers.append(row)
     return Report(f"condense({type(model).__name__}) would make", (*layers, *_left_rows(model, {})))
 

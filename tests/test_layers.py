@@ -82,7 +82,7 @@ def test_a_compiled_layer_follows_a_checkpoint_of_another_structure() -> None:
 
 
 def _damaged(layer: CondensedLinear, part: str) -> Tensor:
-    t = layer.state_dict()[part].clone()
+    t: Tensor = layer.state_dict()[part].clone()
     t[0] += 1  # of the structure: its version
     return t
 
@@ -156,6 +156,7 @@ def test_moving_to_another_dtype_converts_values_and_leaves_the_structure(dtype:
     assert torch.equal(moved.weight, layer.weight.to(dtype))
     y = moved(x)
     assert y.dtype == dtype
+    assert moved.bias is not None
     expected = nn.functional.linear(x.double(), moved.weight.double(), moved.bias.double())
     torch.testing.assert_close(y.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
     back = moved.double()
@@ -184,6 +185,7 @@ def test_gradients_equal_those_of_the_masked_dense_layer(batch: int) -> None:
     condensed = STRUCTURES["ragged"].condensed
     layer = CondensedLinear(condensed, randn(32).requires_grad_(), requires_grad=True)
     dense = nn.Linear(64, 32)
+    assert layer.bias is not None
     with torch.no_grad():
         dense.weight.copy_(layer.weight)
         dense.bias.copy_(layer.bias)

@@ -274,7 +274,7 @@ def test_gradients_are_those_of_the_dense_layers(gated: bool, compiled: bool) ->
 
 def test_meta_tensors_and_flops() -> None:
     args = Chain.random(20, 12, 7).arguments(torch.randn(2, 3, 20))
-    on_meta = [t.to("meta") if isinstance(t, Tensor) else t for t in args]
+    on_meta: list[Any] = [t.to("meta") if isinstance(t, Tensor) else t for t in args]
     y = gather_matmul_chain(*on_meta)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 7), torch.float32, "meta")
     with FlopCounterMode(display=False) as counter:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fanin_compile.graph import CONDENSED, LAYER, attr_tensor
 from fanin_compile.packed import Header, Packed, unpack
@@ -16,9 +16,16 @@ aten = torch.ops.aten
 gather_matmul = torch.ops.fanin.gather_matmul.default
 
 
+def _packed(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
+    """The values and the structure that a gather-matmul reads."""
+    _, values, structure, *_ = node.all_input_nodes
+    return attr_tensor(gm, str(values.target)), attr_tensor(gm, str(structure.target))
+
+
 @pytest.mark.parametrize("ablated", [0, 4, 32])
 def test_swaps_the_sparse_linear_and_leaves_the_dense_one(ablated: int) -> None:
-    model, x = nn.Sequential(sparse_linear(64, 32, 6, ablated=ablated), nn.Linear(32, 8)), randn(5, 64)
+    layer, x = sparse_linear(64, 32, 6, ablated=ablated), randn(5, 64)
+    model = nn.Sequential(layer, nn.Linear(32, 8))
     gm = graph_of(model, x)
     result = run(gm, condense_linear, inputs=(x,))
     (node,) = calls(gm, gather_matmul)
@@ -28,9 +35,9 @@ def test_swaps_the_sparse_linear_and_leaves_the_dense_one(ablated: int) -> None:
     assert node.meta[CONDENSED].n_ablated == ablated
     (rewrite,) = result.rewritten
     assert (rewrite.layer, rewrite.became) == ("0", "gather-matmul")
-    values, structure = (attr_tensor(gm, str(part.target)) for part in node.args[1:3])
+    values, structure = _packed(gm, node)
     assert rewrite.bytes == values.nbytes + structure.nbytes
-    assert torch.equal(unpack(Packed(values, structure)).to_dense(), model[0].weight)
+    assert torch.equal(unpack(Packed(values, structure)).to_dense(), layer.weight)
     assert node.args[3:] == (bias, 32)
     assert not any(str(n.target) == "0.weight" for n in gm.graph.find_nodes(op="get_attr"))
 
@@ -98,4 +105,5 @@ def test_the_packing_is_the_contexts_and_its_words_are_in_the_report() -> None:
     result = run(gm, condense_linear, ctx=ctx, inputs=(x,))
     assert [rewrite.detail for rewrite in result.rewritten] == [f"seven for {result.rewritten[0].layer}"]
     (node,) = calls(gm, gather_matmul)
-    assert Header.read(attr_tensor(gm, str(node.args[2].target))).width == 7
+    _, structure = _packed(gm, node)
+    assert Header.read(structure).width == 7

@@ -12,8 +12,9 @@ neurons left out; rows of unequal fan-in are kept end to end, as in CSR.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +73,7 @@ class CondensedWeight:
             )
         weight = weight.detach()
         active = weight != 0 if mask is None else check_mask(mask, weight)
-        out, dense_fan_in = weight.shape[0], math.prod(weight.shape[1:])
+        dense_fan_in = math.prod(weight.shape[1:])
 
         counts = fan_in(active)  # [out]
         rows = counts.nonzero().flatten()  # [n]
@@ -86,14 +87,38 @@ class CondensedWeight:
         columns = where - (rows * dense_fan_in).repeat_interleave(counts, output_size=len(where))
         indices = columns.to(index_dtype(dense_fan_in))
 
-        n = len(rows)
-        row_ptr = None
+        return cls._of_rows(values, indices, counts, rows, tuple(weight.shape))
+
+    @classmethod
+    def stack(cls, weights: Sequence[CondensedWeight]) -> CondensedWeight:
+        """The neurons of several weights that read the same inputs, one weight's after another's.
+
+        Raises:
+            FormatError: no weight, or they differ in dtype or in their inputs.
+        """
+        kinds = {(w.shape[1:], w.values.dtype) for w in weights}
+        if len(kinds) != 1:
+            raise FormatError(f"weights have inputs and dtypes {kinds}, expected one kind of each")
+        counts = torch.cat([w.row_fan_in() for w in weights])
+        values = torch.cat([w.values.flatten() for w in weights])
+        indices = torch.cat([w.indices.flatten() for w in weights])
+        shape = (sum(w.out_features for w in weights), *weights[0].shape[1:])
+        before = itertools.accumulate((w.out_features for w in weights), initial=0)
+        rows = torch.cat([w._rows() + start for w, start in zip(weights, before, strict=False)])
+        return cls._of_rows(values, indices, counts, rows, shape)
+
+    @classmethod
+    def _of_rows(
+        cls, values: Tensor, indices: Tensor, counts: Tensor, rows: Tensor, shape: tuple[int, ...]
+    ) -> CondensedWeight:
+        """Rows end to end, none of them empty: [nnz] values and columns, [n] fan-ins and output rows."""
+        n, row_ptr = len(rows), None
         if n == 0 or bool((counts == counts[0]).all()):
-            k = len(where) // max(n, 1)
+            k = len(values) // max(n, 1)
             values, indices = values.view(n, k), indices.view(n, k)
         else:
             row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-        return cls(values, indices, row_ptr, None if n == out else rows.to(torch.int32), tuple(weight.shape))
+        return cls(values, indices, row_ptr, None if n == shape[0] else rows.to(torch.int32), shape)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight of `shape`, 0 outside the mask; values keep their bits (-0.0, NaN)."""

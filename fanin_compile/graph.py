@@ -6,6 +6,7 @@ them, as both doors produce it: the backend from Dynamo's graph, `condense(..., 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import operator
@@ -175,6 +176,15 @@ def replace_node(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
+
+
+def renew_value(graph: fx.Graph, node: fx.Node) -> None:
+    """Compute node.meta["val"] from its arguments' values, for a new node or after those changed their shapes."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    with fake_mode(graph) or contextlib.nullcontext(), torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
+    node.meta.pop("tensor_meta", None)
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:

@@ -30,7 +30,8 @@ class LayerReport:
     Attributes:
         fan_in: least and most inputs of an active neuron.
         macs_before, macs_after: None where they depend on inputs that were not given.
-        became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused) or "dense".
+        became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused, and the layer it is
+            chained into or onto) or "dense".
         reason: why a layer was left dense, with the values that decided it.
         changes: what else was done to the layer (neurons removed, constants folded), and what was refused.
     """
@@ -190,6 +191,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
         done = [r for r in result.rewritten if r.layer == layer.name]
         became = next((r for r in done if r.bytes is not None), None)
         fused = [r.detail for r in done if r.became == "epilogue"]
+        chained = [f", {r.detail}" for r in done if r.became == "chain"]
         refused = reasons.get(layer.name, [])
         yield LayerReport(
             name=layer.name,
@@ -203,10 +205,10 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             bytes_after=became.bytes if became and became.bytes and layer.dense_bytes else layer.dense_bytes,
             macs_before=layer.dense_macs,
             macs_after=layer.dense_macs if became is None else became.macs,
-            became="dense" if became is None else " ".join([became.became, *fused]),
+            became="dense" if became is None else " ".join([became.became, *fused]) + "".join(chained),
             reason="" if became is not None else (refused or ["no pass took it"])[-1],
             changes=(
-                *(r.detail for r in done if r.became in ("folded", "narrowed")),
+                *(r.detail for r in done if r.became in ("activation", "folded", "narrowed")),
                 *([became.detail] if became is not None and became.detail else ()),
                 *(refused if became is not None else refused[:-1]),
             ),

@@ -9,20 +9,26 @@ from __future__ import annotations
 from fanin_compile.graph import Pass
 from fanin_compile.passes.condense_conv import condense_conv
 from fanin_compile.passes.condense_linear import condense_linear
+from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
+from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
+from fanin_compile.passes.recognise_activations import recognise_activations
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.unflatten_linears import unflatten_linears
 
 PIPELINE: tuple[Pass, ...] = (
     find_masked_layers,  # first: every later pass reads the layers and constants it names
+    drop_identities,  # they would stand between layers and what the rest looks for
     unflatten_linears,  # before anything that follows activations: flattening views would end the trail
+    recognise_activations,  # before anything that looks for activations by name
     fold_batch_norm,  # before constants are followed: one layer less on their way
     fold_constant_channels,  # on masked layers: it empties columns, which later need not be condensed
     remove_unread_neurons,  # after the fold, by which nobody reads an ablated neuron any more
     condense_linear,
     condense_conv,
-    fuse_epilogue,  # last: it folds what follows into the nodes which the two before it made
+    fuse_epilogue,  # it folds what follows into the nodes which the two before it made
+    fuse_chain,  # last: of layers whose activation and residual are already theirs
 )

@@ -9,7 +9,6 @@ The result tile is in registers when it is stored, so this saves one pass over t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,22 +16,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fanin_compile.graph import LAYER, Context, PassResult, bind_arguments, replace_node, tensor_meta, writes
+from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
-ACTIVATIONS: dict[object, Callable[[fx.Node], str]] = {
-    aten.relu.default: lambda _: "relu",
-    aten.relu_.default: lambda _: "relu",
-    aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
-    aten.silu.default: lambda _: "silu",
-    aten.silu_.default: lambda _: "silu",
-    aten.hardswish.default: lambda _: "hardswish",
-    aten.hardswish_.default: lambda _: "hardswish",
-    aten.sigmoid.default: lambda _: "sigmoid",
-    aten.sigmoid_.default: lambda _: "sigmoid",
-    aten.tanh.default: lambda _: "tanh",
-    aten.tanh_.default: lambda _: "tanh",
-}
 
 
 def fuse_epilogue(gm: fx.GraphModule, ctx: Context) -> PassResult:
@@ -64,14 +51,14 @@ def _fuse_residual(add: fx.Node) -> Rewrite | None:
 
 
 def _fuse_activation(node: fx.Node) -> Rewrite | None:
-    if node.target not in ACTIVATIONS or not _fusable(node.args[0], node):
+    name = activation_name(node)
+    if name is None or not _fusable(node.args[0], node):
         return None
     producer = node.args[0]
     assert isinstance(producer, fx.Node)
     args = bind_arguments(producer)
     if args["activation"] != "none":
         return None
-    name = ACTIVATIONS[node.target](node)
     return _absorb(producer, node, {**args, "activation": name}, f"+ {name}")
 
 

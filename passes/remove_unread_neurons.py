@@ -11,14 +11,11 @@ seen whole, such as a graph output, a layer norm or an attention head, stays as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from fanin_compile.channels import BINARY, MAX_POOLS, POINTWISE, SAME_VALUE, SPATIAL_MEANS, channel_dim
 from fanin_compile.condensed import CondensedWeight
@@ -30,7 +27,7 @@ from fanin_compile.graph import (
     PassResult,
     add_constant,
     bind_arguments,
-    fake_mode,
+    renew_value,
     set_layer_weight,
     tensor_meta,
 )
@@ -179,7 +176,7 @@ def _narrow(gm: fx.GraphModule, node: fx.Node, dim: int, read: Tensor, evaluate:
             if 0 <= position < value.ndim and value.shape[position] == len(read):
                 kept = value.index_select(position, read.nonzero().flatten())
                 node.replace_input_with(arg, add_constant(gm, node, f"{node.name}_{arg.name}", kept))
-    _renew_value(gm.graph, node)
+    renew_value(gm.graph, node)
 
 
 def _select(
@@ -201,12 +198,3 @@ def _select(
     if columns is not None:
         dense, mask = dense[:, columns], mask[:, columns]
     set_layer_weight(gm, node, CondensedWeight.from_dense(dense, mask), bias_value)
-
-
-def _renew_value(graph: fx.Graph, node: fx.Node) -> None:
-    """Recompute node.meta["val"] from its arguments' values, after those changed their shapes."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    function: Any = node.target
-    with fake_mode(graph) or nullcontext(), torch.no_grad():
-        node.meta["val"] = function(*args, **kwargs)
-    node.meta.pop("tensor_meta", None)

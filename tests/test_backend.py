@@ -308,7 +308,9 @@ def test_a_condensed_model_goes_through_the_backend_with_its_epilogues_fused() -
     with recorded() as compilations:
         assert_equals_dense(compiled(condensed)(x), model, x)
     assert compilations[0].result is not None
-    assert [r.detail for r in compilations[0].result.rewritten] == ["+ relu"]
+    assert [r.detail for r in compilations[0].result.rewritten] == [
+        *("+ relu", "chained into b", "chained onto a")
+    ]
 
 
 class TestGradients:

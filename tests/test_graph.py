@@ -36,7 +36,7 @@ def test_runs_on_a_copy_and_times_every_pass() -> None:
     before = gm.code
     result = run_pipeline(gm, PIPELINE, context(gm))
     assert gm.code == before
-    assert calls(result.graph_module, torch.ops.fanin.gather_matmul.default)
+    assert calls(result.graph_module, torch.ops.fanin.gather_matmul_chain.default)
     assert list(result.seconds) == [getattr(p, "__name__", "") for p in PIPELINE]
     assert [name for name, _ in result.results] == list(result.seconds)
     assert {layer.name for layer in result.found} == {"a", "b"}

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "freshness", "cost", "tuning"),
     ("graph",),  # what passes share
-    ("channels", "capture"),
+    ("channels", "capture", "pointwise"),
     ("passes",),  # one rewrite a file
     ("export",),
     ("condense", "backend"),  # the two doors

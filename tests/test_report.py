@@ -31,8 +31,8 @@ def test_of_a_masked_model_with_inputs() -> None:
     report = explain(MLP(), randn(5, 64), options=ALL)
     a, b = report.layers
     assert (a.name, a.op, a.shape, a.fan_in, a.ablated) == ("a", "linear", (48, 64), (6, 6), 2)
-    assert a.became == "gather-matmul + relu"
-    assert b.became == "gather-matmul"
+    assert a.became == "gather-matmul + relu, chained into b"
+    assert b.became == "gather-matmul, chained onto a"
     assert a.macs_before == 5 * 48 * 64
     assert a.bytes_before == 48 * 64 * 4
     assert 0 < a.bytes_after < a.bytes_before
@@ -120,7 +120,10 @@ def test_of_a_plan() -> None:
 def test_of_an_exported_condensed_model() -> None:
     model = nn.Sequential(sparse_linear(64, 32, 6, ablated=4), nn.ReLU(), sparse_linear(32, 16, 20))
     report = explain(condense(model, example_inputs=(randn(5, 64),)))
-    assert [layer.became for layer in report.layers] == ["gather-matmul + relu", "gather-matmul"]
+    assert [layer.became for layer in report.layers] == [
+        "gather-matmul + relu, chained into 2",
+        "gather-matmul, chained onto 0",
+    ]
     assert report.layers[0].changes == ("32 -> 28 neurons",)
     assert "4 constant inputs folded" in str(report)
 
@@ -159,8 +162,8 @@ def test_a_weight_used_twice_counts_once() -> None:
 
     report = explain(Twice(), randn(5, 64), options=ALL)
     assert [(layer.name, layer.became) for layer in report.layers] == [
-        ("a", "gather-matmul + relu"),
-        ("a (use 2)", "gather-matmul"),
+        ("a", "gather-matmul + relu, chained into a (use 2)"),
+        ("a (use 2)", "gather-matmul, chained onto a"),
     ]
     assert report.totals()["bytes_before"] == 64 * 64 * 4
 

@@ -1,0 +1,60 @@
+"""Which ATen operators are an activation the kernels know, and which hand their input on as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from fanin_compile.graph import bind_arguments, tensor_meta
+
+aten = torch.ops.aten
+
+_ACTIVATIONS: dict[object, Callable[[fx.Node], str]] = {
+    aten.relu.default: lambda _: "relu",
+    aten.relu_.default: lambda _: "relu",
+    aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
+    aten.silu.default: lambda _: "silu",
+    aten.silu_.default: lambda _: "silu",
+    aten.hardswish.default: lambda _: "hardswish",
+    aten.hardswish_.default: lambda _: "hardswish",
+    aten.sigmoid.default: lambda _: "sigmoid",
+    aten.sigmoid_.default: lambda _: "sigmoid",
+    aten.tanh.default: lambda _: "tanh",
+    aten.tanh_.default: lambda _: "tanh",
+}
+_DROPOUTS = (
+    *(aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default),
+    *(aten.feature_dropout_.default, aten.alpha_dropout.default, aten.alpha_dropout_.default),
+)
+_COPIES = (aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
+CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default)
+
+
+def activation_name(node: fx.Node) -> str | None:
+    """The key of ops.ACTIVATIONS of what `node` computes of its first argument, None if there is none."""
+    name = _ACTIVATIONS.get(node.target)
+    return None if name is None else name(node)
+
+
+def returns_its_input(node: fx.Node) -> bool:
+    """Whether `node` returns its first argument itself: dropout in eval mode, a cast to the dtype it has."""
+    if node.target in _DROPOUTS:
+        return bind_arguments(node)["train"] is False
+    return node.target in CASTS and node.target is not aten._to_copy.default and _casts_nothing(node)
+
+
+def keeps_values(node: fx.Node) -> bool:
+    """Whether `node` has the values and the shape of its first argument, in whatever memory."""
+    return (
+        node.target in _COPIES or returns_its_input(node) or (node.target in CASTS and _casts_nothing(node))
+    )
+
+
+def _casts_nothing(node: fx.Node) -> bool:
+    before, after = tensor_meta(node.args[0]), tensor_meta(node)
+    if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
+        return False
+    bound = bind_arguments(node)
+    return not bound.get("copy") and bound.get("memory_format") is None

@@ -3,7 +3,7 @@
     gather_matmul_chain(x, values, structure, bias?, activation, gated, values2, structure2, bias2?, out_features,
                         activation2, residual?)
         z = x @ W.T + bias
-        h = activation(z)                                    or, gated: activation(z[..., :n]) * z[..., n:], n = W's rows / 2
+        h = activation(z)            or, gated: activation(z[..., :n]) * z[..., n:], n = hidden_features
         y = activation2(h @ W2.T + bias2 + residual)
 
 The kernel keeps a tile of h in cache, in the order in which the second layer reads it: h is never written to memory,
@@ -85,7 +85,7 @@ def gather_matmul_chain(
 
     Args:
         x: [..., in_features], any strides.
-        values, structure: packed W [hidden_features, in_features]; gated: [2 * hidden_features, in_features], gates first.
+        values, structure: packed W [hidden_features, in_features]; if gated [2 * hidden_features, ...], gates first.
         bias: of W's rows.
         activation, activation2: keys of ops.ACTIVATIONS.
         values2, structure2: packed W2 [out_features, hidden_features].

@@ -38,15 +38,24 @@ c10::TypedOperatorHandle<Signature> handle(const char* name) {
 
 // ---- plans, kept between calls ---------------------------------------------------------------------------------------
 
-// A plan depends on the indices, not on the values. The storage is held weakly: its address cannot be given to another
-// tensor while an entry names it. Inference tensors do not count their changes, so their contents are summed instead.
+// What a plan was made of. The storage is held weakly: its address cannot be given to another tensor while an entry names
+// it. Inference tensors do not count their changes, so their contents are summed instead.
 struct Fingerprint {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   const void* data;
   int64_t count;
   at::ScalarType type;
   uint64_t version;
+
+  bool is(const Tensor& t, uint64_t now) const {
+    return storage._unsafe_get_target() == t.storage().unsafeGetStorageImpl() && data == t.const_data_ptr() &&
+           count == t.numel() && type == t.scalar_type() && version == now;
+  }
 };
+
+Fingerprint fingerprint(const Tensor& t, uint64_t version) {
+  return {t.storage().getWeakStorageImpl(), t.const_data_ptr(), t.numel(), t.scalar_type(), version};
+}
 
 uint64_t version_of(const Tensor& t) {
   if (!t.is_inference()) return t._version();
@@ -66,14 +75,14 @@ std::vector<int32_t> contents(const int32_t* p, int64_t count) {
 }
 
 struct Request {
-  const Tensor& indices;
+  const Tensor &indices, &values;
   conv::Structure structure;
   conv::Shape shape;
   int64_t batch, threads;
 
   // Parts into which the rows are cut, so that all threads have work: packing is repeated in each.
   int64_t split(const conv::Layout& l) const {
-    const int64_t items = (batch + l.images - 1) / l.images * l.units;
+    const int64_t items = (batch + l.images - 1) / l.images * l.units();
     int64_t parts = 1;
     while (parts < threads && items * parts < 4 * threads && items * parts % threads != 0) ++parts;
     return parts;
@@ -81,17 +90,17 @@ struct Request {
 };
 
 struct Entry {
-  Fingerprint indices;
+  Fingerprint indices, values;
   std::vector<int32_t> row_ptr, rows;
   int64_t split;
   std::shared_ptr<const conv::Plan> plan;
 
-  bool serves(const Request& r, uint64_t version) const {
+  bool expired() const { return indices.storage.expired() || values.storage.expired(); }
+  bool serves(const Request& r, uint64_t of_indices, uint64_t of_values) const {
     const auto same = [](const std::vector<int32_t>& kept, const int32_t* p, int64_t count) {
       return p ? static_cast<int64_t>(kept.size()) == count && std::equal(kept.begin(), kept.end(), p) : kept.empty();
     };
-    return indices.storage._unsafe_get_target() == r.indices.storage().unsafeGetStorageImpl() &&
-           indices.count == r.indices.numel() && indices.type == r.indices.scalar_type() && indices.version == version &&
+    return indices.is(r.indices, of_indices) && values.is(r.values, of_values) &&
            split == r.split(plan->layout) && plan->shape == r.shape &&
            same(row_ptr, r.structure.row_ptr, r.structure.n + 1) && same(rows, r.structure.rows, r.structure.n);
   }
@@ -102,30 +111,30 @@ constexpr size_t kPlansPerWeight = 4;           // geometries and thread counts 
 class Plans {
  public:
   std::shared_ptr<const conv::Plan> find(const Request& r) {
-    const uint64_t version = version_of(r.indices);
+    const uint64_t of_indices = version_of(r.indices), of_values = version_of(r.values);
     const void* key = r.indices.const_data_ptr();
     {
       const std::lock_guard lock(mutex_);
       if (const auto found = entries_.find(key); found != entries_.end())
         for (const Entry& entry : found->second)
-          if (entry.serves(r, version)) return entry.plan;
+          if (entry.serves(r, of_indices, of_values)) return entry.plan;
     }
     std::shared_ptr<const conv::Plan> plan = build(r);
     if (!plan) return nullptr;
     const std::lock_guard lock(mutex_);
-    std::erase_if(entries_, [](const auto& item) { return item.second.front().indices.storage.expired(); });
+    drop_expired();
     std::vector<Entry>& entries = entries_[key];
-    std::erase_if(entries, [&](const Entry& e) { return e.indices.version != version || e.indices.storage.expired(); });
+    std::erase_if(entries, [&](const Entry& e) { return !e.indices.is(r.indices, of_indices) || !e.values.is(r.values, of_values); });
     if (entries.size() == kPlansPerWeight) entries.erase(entries.begin());
-    entries.push_back({{r.indices.storage().getWeakStorageImpl(), key, r.indices.numel(), r.indices.scalar_type(), version},
-                       contents(r.structure.row_ptr, r.structure.n + 1), contents(r.structure.rows, r.structure.n), r.split(plan->layout),
-                       plan});
+    entries.push_back({fingerprint(r.indices, of_indices), fingerprint(r.values, of_values),
+                       contents(r.structure.row_ptr, r.structure.n + 1), contents(r.structure.rows, r.structure.n),
+                       r.split(plan->layout), plan});
     return plan;
   }
 
   int64_t nbytes() {
     const std::lock_guard lock(mutex_);
-    std::erase_if(entries_, [](const auto& item) { return item.second.front().indices.storage.expired(); });
+    drop_expired();
     int64_t total = 0;
     for (const auto& [key, entries] : entries_)
       for (const Entry& entry : entries) total += entry.plan->nbytes();
@@ -136,10 +145,18 @@ class Plans {
   static std::shared_ptr<const conv::Plan> build(const Request& r) {
     conv::Layout layout;
     auto plan = std::make_shared<conv::Plan>();
-    if (!conv::make_layout(r.shape, layout)) return nullptr;
+    const double rows = static_cast<double>(std::max<int64_t>(r.structure.n, 1));
+    if (!conv::make_layout(r.shape, static_cast<double>(r.indices.numel()) / rows, layout)) return nullptr;
     const char* wrong = conv::build_plan(r.structure, r.shape, layout, r.split(layout), *plan);
     TORCH_CHECK_VALUE(!wrong, "fanin: indices or rows are ", wrong);
     return plan;
+  }
+
+  void drop_expired() {
+    for (auto item = entries_.begin(); item != entries_.end();) {
+      std::erase_if(item->second, [](const Entry& entry) { return entry.expired(); });
+      item = item->second.empty() ? entries_.erase(item) : std::next(item);
+    }
   }
 
   std::mutex mutex_;
@@ -173,7 +190,8 @@ conv::Shape shape_of(const Tensor& x, IntArrayRef weight, IntArrayRef stride, In
                     " channels, expected groups * weight_shape[1] = ", groups, " * ", weight[1], "; weight_shape[0] = ",
                     weight[0], " must be a multiple of groups");
   conv::Shape s{};
-  s.paired = x.size(0) > 1;
+  s.images = 1;
+  while (2 * s.images <= std::min(x.size(0), conv::kMaxLanes)) s.images *= 2;
   s.in_channels = x.size(1), s.out_channels = weight[0], s.groups = groups;
   for (int d = 0; d < 3; ++d) {
     const int from = d - (3 - static_cast<int>(dims));
@@ -211,9 +229,9 @@ Tensor run(const Tensor& x, const Tensor& values, const Tensor& indices, const f
   const int64_t work = batch * indices.numel() * shape.pixels_out();
   constexpr int64_t kWorthThreads = 1 << 16;    // multiply-adds
 
-  const Request request{ic,
-                        {ic.const_data_ptr(), ints(row_ptr, n + 1, "row_ptr"), ints(rows, n, "rows"), n,
-                         row_ptr ? 0 : indices.size(1), itype_of(ic)},
+  const Request request{ic, vc,
+                        {ic.const_data_ptr(), vc.const_data_ptr(), ints(row_ptr, n + 1, "row_ptr"), ints(rows, n, "rows"), n,
+                         row_ptr ? 0 : indices.size(1), itype_of(ic), value_type},
                         conv::flatten_pointwise(shape),
                         batch,
                         work < kWorthThreads ? 1 : at::get_num_threads()};
@@ -223,8 +241,6 @@ Tensor run(const Tensor& x, const Tensor& values, const Tensor& indices, const f
   conv::Op op{};
   op.plan = plan.get(), op.batch = batch, op.channels_last = channels_last, op.act = act_of(activation);
   op.x = xc.const_data_ptr(), op.x_type = x_type;
-  op.values = vc.const_data_ptr(), op.value_type = value_type;
-  op.offsets = plan->offsets.empty() ? static_cast<const uint16_t*>(ic.const_data_ptr()) : plan->offsets.data();
   op.bias = bias ? bc.const_data_ptr() : nullptr, op.bias_type = bias ? *dtype_of(bc) : fanin::DType::f32;
   op.residual = residual ? rc.const_data_ptr() : nullptr;
   op.y = y.mutable_data_ptr();
@@ -233,16 +249,16 @@ Tensor run(const Tensor& x, const Tensor& values, const Tensor& indices, const f
   const int64_t split = request.split(l), per = plan->blocks() / split, groups = (batch + l.images - 1) / l.images;
   const auto items = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
-      const int64_t part = i % split, unit = i / split % l.units, image = i / split / l.units * l.images;
+      const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
       float* scratch = fanin::scratch(conv::scratch_floats(*plan, part * per, (part + 1) * per));
-      conv::run(op, image, std::min(l.images, batch - image), unit, part * per, (part + 1) * per, scratch);
+      conv::run(op, image, unit, part * per, (part + 1) * per, scratch);
     }
   };
   const auto spread = [&](int64_t count, const auto& f) {
     if (count <= 1 || request.threads == 1) f(0, count);
     else at::parallel_for(0, count, 1, f);
   };
-  if (per > 0) spread(groups * l.units * split, items);
+  if (per > 0) spread(groups * l.units() * split, items);
   if (!plan->dead.empty())
     spread(batch, [&](int64_t from, int64_t to) {
       for (int64_t image = from; image < to; ++image) conv::run_dead(op, image);

@@ -1,4 +1,4 @@
-// Chooses the numbering of positions, the tiles and the chunks of a convolution. Derivations: CONV.md.
+// Chooses how a convolution is cut: blocks for the lanes, tiles, units and chunks. Derivations: CONV.md.
 #include <algorithm>
 #include <limits>
 
@@ -9,30 +9,154 @@ namespace fanin::conv {
 namespace {
 
 constexpr int64_t kChunkBytes = 28 << 10;       // x of one chunk and tile: with the sums of a row it stays in L1
-constexpr int64_t kPointwiseBytes = 56 << 10;   // a pointwise chunk has too few non-zeros a row for that: it stays in L2
+constexpr int64_t kNarrowBytes = 24 << 10;      // the same of narrow tiles
 constexpr int64_t kUnitBytes = 320 << 10;       // x packed at a time: with the sums of a block it stays in L2
-
 constexpr int64_t kLine = 64 / sizeof(float);
+constexpr double kShortRow = 12;                // non-zeros of a row below which narrow tiles do not pay
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Axis {
-  int64_t halo = 0, behind = 0, count = 0;      // zeros before and after the pixels of a phase; pixels of the largest phase
-};
-
 // A tap at distance e = k * dilation - padding from the first input of its output is e = shift * stride + phase.
-Axis axis(const Shape& s, int d) {
-  Axis a;
-  for (int64_t k = 0; k < s.kernel[d]; ++k) {
-    const int64_t shift = floor_div(k * s.dilation[d] - s.padding[d], s.stride[d]);
-    const int64_t phase = k * s.dilation[d] - s.padding[d] - shift * s.stride[d];
-    const int64_t count = std::max<int64_t>(0, ceil_div(s.in[d] - phase, s.stride[d]));
-    a.halo = std::max(a.halo, -shift);
-    a.behind = std::max(a.behind, s.out[d] - 1 + shift - (count - 1));
-    a.count = std::max(a.count, count);
+struct Step {
+  int64_t shift, phase;
+};
+Step step(const Shape& s, int d, int64_t k) {
+  const int64_t e = k * s.dilation[d] - s.padding[d], shift = floor_div(e, s.stride[d]);
+  return {shift, e - shift * s.stride[d]};
+}
+
+// Most vectors in a row of a tile, and rows, where rows of blocks have `width` outputs.
+int64_t tile_vectors(int64_t width) { return ceil_div(width, ceil_div(width, kMaxTile)); }
+int64_t tile_parts(int64_t width, int64_t height) {
+  return std::clamp<int64_t>(kMaxTile / width, 1, std::min<int64_t>(kMaxParts, height));
+}
+
+// Vectors of one channel that a tile reads.
+int64_t footprint(const Layout& l, const Dims& span) {
+  const int64_t parts = tile_parts(l.block[2], l.block[1]), vectors = tile_vectors(l.block[2]);
+  return static_cast<int64_t>(l.phases.size()) * (span[0] + 1) * (span[1] + parts) * (span[2] + vectors);
+}
+
+int64_t chunk_of(int64_t floats, int64_t bytes, int64_t channels) {
+  const int64_t most = std::clamp<int64_t>(bytes / (floats * int64_t{sizeof(float)}), 1, channels);
+  return ceil_div(channels, ceil_div(channels, most));
+}
+
+// Cycles that an image takes, roughly: what ranks the ways to spread blocks over lanes.
+double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
+  const double tile = static_cast<double>(tile_parts(l.block[2], l.block[1]) * tile_vectors(l.block[2]));
+  const double chunks = static_cast<double>(
+      ceil_div(s.in_channels, chunk_of(footprint(l, span) * kLanes, kChunkBytes, s.in_channels)));
+  // two loads a cycle, but four cycles for each link of a chain; a run loads and stores its sums and ends by surprise
+  const double run = std::max(4.0, 0.5 * tile + 0.6) * fan_in + (1.5 * tile + 20.0) * chunks;
+  const double outputs = static_cast<double>(l.block[0] * l.block[1] * l.block[2]);
+  const double packed = static_cast<double>((l.block[0] + span[0]) * l.rows * l.pitch) * static_cast<double>(l.phases.size());
+  return (outputs / tile * run * static_cast<double>(s.out_channels) + 3.0 * packed * static_cast<double>(s.in_channels)) /
+         static_cast<double>(l.images);
+}
+
+// Sets what follows from images and blocks.
+void place(const Shape& s, const Dims& span, Layout& l) {
+  for (int d = 0; d < 3; ++d) l.block[d] = ceil_div(s.out[d], l.blocks[d]);
+  l.rows = l.block[1] + span[1];
+  l.pitch = l.block[2] + span[2];
+}
+
+void cut_tiles(Layout& l) {
+  const int64_t parts = tile_parts(l.block[2], l.block[1]);
+  const int64_t across = ceil_div(l.block[2], kMaxTile), down = ceil_div(l.block[1], parts);
+  for (int64_t z = 0; z < l.block[0]; ++z)
+    for (int64_t i = 0; i < down; ++i)
+      for (int64_t j = 0; j < across; ++j) {
+        const int64_t y = i * l.block[1] / down, x = j * l.block[2] / across;
+        l.tiles.push_back({z, y, x, static_cast<int>((i + 1) * l.block[1] / down - y),
+                           static_cast<int>((j + 1) * l.block[2] / across - x)});
+      }
+}
+
+// As few units as packed(tiles) bytes allow, of about equal size.
+template <class F>
+void cut_units(Layout& l, const F& packed) {
+  const int64_t tiles = static_cast<int64_t>(l.tiles.size());
+  int64_t most = 1;
+  while (most < tiles && packed(most + 1) <= kUnitBytes) ++most;
+  const int64_t units = ceil_div(tiles, most);
+  for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * tiles / units);
+}
+
+bool make_spatial(const Shape& s, double fan_in, Layout& l) {
+  Dims span;
+  for (int d = 0; d < 3; ++d) {
+    int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
+    for (int64_t k = 0; k < s.kernel[d]; ++k) {
+      low = std::min(low, step(s, d, k).shift);
+      high = std::max(high, step(s, d, k).shift);
+    }
+    l.low[d] = low, span[d] = high - low;
   }
-  return a;
+  std::vector<Dims> shifts;
+  for (int64_t t = 0; t < s.taps(); ++t) {
+    const Dims k{t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
+    Dims phase, shift;
+    for (int d = 0; d < 3; ++d) shift[d] = step(s, d, k[d]).shift - l.low[d], phase[d] = step(s, d, k[d]).phase;
+    const auto found = std::find(l.phases.begin(), l.phases.end(), phase);
+    l.tap_phase.push_back(static_cast<int32_t>(found - l.phases.begin()));
+    if (found == l.phases.end()) l.phases.push_back(phase);
+    shifts.push_back(shift);
+  }
+
+  double least = std::numeric_limits<double>::infinity();
+  Layout best = l;
+  for (int64_t images = 1; images <= std::min<int64_t>(s.images, kLanes); images *= 2)
+    for (int64_t across = 1; images * across <= kLanes; across *= 2) {
+      l.images = images;
+      l.blocks = {1, kLanes / (images * across), across};
+      place(s, span, l);
+      if (const double cycles = cost(s, l, span, fan_in); cycles < least) least = cycles, best = l;
+    }
+  l = best;
+
+  for (const Dims& shift : shifts) {
+    l.tap.push_back((shift[0] * l.rows + shift[1]) * l.pitch + shift[2]);
+    l.span = std::max(l.span, l.tap.back());
+  }
+  cut_tiles(l);
+  const int64_t phases = static_cast<int64_t>(l.phases.size());
+  const auto floats = [&](int64_t first, int64_t last) {      // whole rows of one phase
+    int64_t stop = 0;
+    for (int64_t i = first; i < last; ++i) stop = std::max(stop, l.stop(l.tiles[i]));
+    return (ceil_div(stop + l.span, l.pitch) - l.at(l.tiles[first]) / l.pitch) * l.pitch * kLanes;
+  };
+  cut_units(l, [&](int64_t tiles) {
+    return floats(0, tiles) * phases * s.in_channels * int64_t{sizeof(float)};
+  });
+  for (int64_t u = 0; u < l.units(); ++u) l.plane = std::max(l.plane, floats(l.unit[u], l.unit[u + 1]));
+  // an odd number of cache lines, so that channels spread over all sets of L1
+  l.channel = ceil_div(l.plane * phases, kLine) * kLine;
+  if (l.channel / kLine % 2 == 0) l.channel += kLine;
+  const int64_t reach = kMaxOffset / l.channel;
+  if (reach == 0) return false;
+  l.chunk = std::min(reach, chunk_of(footprint(l, span) * kLanes, kChunkBytes, s.in_channels));
+  return true;
+}
+
+void make_pointwise(const Shape& s, double fan_in, Layout& l) {
+  const int64_t pixels = s.pixels_out();
+  l.blocks = {1, 1, 1}, l.block = s.out;
+  l.pitch = l.rows = 1;
+  l.phases = {Dims{}}, l.tap = {0}, l.tap_phase = {0};
+  l.images = pixels % kLanes == 0 || pixels >= 16 * kLanes ? 1 : std::min<int64_t>(s.images, kLanes);
+  l.together = fan_in < kShortRow ? 1 : kTogether;
+  const int64_t vectors = ceil_div(l.images * pixels, kLanes), most = l.together == 1 ? kMaxTile : kNarrow;
+  const int64_t tiles = ceil_div(vectors, most);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t from = i * vectors / tiles;
+    l.tiles.push_back({0, 0, from, 1, static_cast<int>((i + 1) * vectors / tiles - from)});
+  }
+  l.plane = l.channel = std::min(vectors, most) * kLanes;
+  l.chunk = chunk_of(l.channel, l.together == 1 ? kChunkBytes : kNarrowBytes, s.in_channels);
+  cut_units(l, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
 }
 
 }  // namespace
@@ -46,60 +170,13 @@ Shape flatten_pointwise(const Shape& s) {
   return flat;
 }
 
-int64_t Layout::first(int64_t tile) const { return tile * ceil_div(lanes, kLanes) / tiles; }
-
-bool make_layout(const Shape& s, Layout& l) {
-  const Axis z = axis(s, 0), y = axis(s, 1), x = axis(s, 2);
+bool make_layout(const Shape& s, double fan_in, Layout& l) {
   l = Layout{};
-  l.halo = {z.halo, y.halo, x.halo};
-  l.pitch = std::max(s.out[2], x.count + std::max(x.halo, x.behind));
-  l.rows = std::max(s.out[1], y.count + std::max(y.halo, y.behind));
-  l.lanes = ((s.out[0] - 1) * l.rows + s.out[1] - 1) * l.pitch + s.out[2];
-
-  int64_t high = std::numeric_limits<int64_t>::min();
-  l.low = std::numeric_limits<int64_t>::max();
-  for (int64_t kz = 0; kz < s.kernel[0]; ++kz)
-    for (int64_t ky = 0; ky < s.kernel[1]; ++ky)
-      for (int64_t kx = 0; kx < s.kernel[2]; ++kx) {
-        const Dims k{kz, ky, kx};
-        Dims shift, phase;
-        for (int d = 0; d < 3; ++d) {
-          const int64_t e = k[d] * s.dilation[d] - s.padding[d];
-          shift[d] = floor_div(e, s.stride[d]);
-          phase[d] = e - shift[d] * s.stride[d];
-        }
-        const auto same = [&](const Phase& p) { return p.at == phase; };
-        const auto found = std::find_if(l.phases.begin(), l.phases.end(), same);
-        l.tap_phase.push_back(static_cast<int32_t>(found - l.phases.begin()));
-        if (found == l.phases.end()) l.phases.push_back({phase});
-        l.tap.push_back((shift[0] * l.rows + shift[1]) * l.pitch + shift[2]);
-        l.low = std::min(l.low, l.tap.back());
-        high = std::max(high, l.tap.back());
-      }
-  l.span = high - l.low;
-
-  l.pointwise = s.taps() == 1 && s.in == s.out && l.lanes == s.pixels_out();
-  const int64_t vectors = ceil_div(l.lanes, kLanes);
-  l.images = s.paired && vectors <= kMaxTile / 2 ? 2 : 1;
-  l.tiles = ceil_div(vectors, kMaxTile);
-  const int64_t width = ceil_div(vectors, l.tiles) * kLanes, phases = static_cast<int64_t>(l.phases.size());
-  const auto packed = [&](int64_t tiles) { return (ceil_div(tiles * width + l.span, kLanes) + 1) * kLanes * phases; };
-  l.tiles_per_unit = 1;
-  while (l.tiles_per_unit < l.tiles &&
-         packed(l.tiles_per_unit + 1) * s.in_channels * l.images * int64_t{sizeof(float)} <= kUnitBytes)
-    ++l.tiles_per_unit;
-  l.units = ceil_div(l.tiles, l.tiles_per_unit);
-  l.tiles_per_unit = ceil_div(l.tiles, l.units);
-  l.plane = packed(l.tiles_per_unit) / phases;
-  // an odd number of cache lines, so that channels spread over all sets of L1
-  l.channel = ceil_div(packed(l.tiles_per_unit), kLine) * kLine;
-  if (l.channel / kLine % 2 == 0) l.channel += kLine;
-  if (!l.pointwise && l.channel > kMaxOffset) return false;
-
-  const int64_t bytes = packed(1) * l.images * int64_t{sizeof(float)};
-  const int64_t reach = l.pointwise ? kMaxOffset : kMaxOffset / l.channel;
-  l.chunk = std::clamp<int64_t>((l.pointwise ? kPointwiseBytes : kChunkBytes) / bytes, 1, std::min(reach, s.in_channels));
-  l.chunk = ceil_div(s.in_channels, ceil_div(s.in_channels, l.chunk));
+  l.vector = kLanes;
+  l.together = 1;
+  l.pointwise = s.taps() == 1 && s.in == s.out && s.stride == Dims{1, 1, 1} && s.padding == Dims{};
+  if (!l.pointwise) return make_spatial(s, fan_in, l);
+  make_pointwise(s, fan_in, l);
   return true;
 }
 

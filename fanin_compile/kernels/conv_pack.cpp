@@ -1,4 +1,4 @@
-// Copies channels of an image into zero-padded planes, one plane per phase of the stride.
+// Copies x to where the kernel reads it: zero-padded blocks in the lanes, or compact tiles of pixels.
 #include <algorithm>
 
 #include "conv.h"
@@ -8,224 +8,289 @@
 namespace fanin::conv {
 namespace {
 
-// One row of one plane: zeros, pixels, zeros.
-struct Row {
-  int64_t at;                   // in the plane
-  int64_t head, count, tail;
-  int64_t zeros;                // tail and the next row's head
-  int64_t pixel;                // of the image, where count starts
-};
-
-// The rows of positions [from, from + count) of a plane.
-std::vector<Row> rows_of(const Shape& s, const Layout& l, const Phase& phase, int64_t from, int64_t count) {
-  const auto floor_div = [](int64_t a, int64_t b) { return a / b - (a % b < 0); };
-  std::vector<Row> rows;
-  for (int64_t at = from; at < from + count;) {
-    const int64_t row = floor_div(at + l.halo[2], l.pitch), x = at - row * l.pitch;
-    const int64_t slice = floor_div(row + l.halo[1], l.rows), y = row - slice * l.rows;
-    const int64_t length = std::min(l.pitch - l.halo[2] - x, from + count - at);
-    const int64_t iz = slice * s.stride[0] + phase.at[0], iy = y * s.stride[1] + phase.at[1];
-    const bool inside = iz >= 0 && iz < s.in[0] && iy >= 0 && iy < s.in[1];
-    const int64_t width = inside ? (s.in[2] - phase.at[2] + s.stride[2] - 1) / s.stride[2] : 0;
-    const int64_t begin = std::clamp<int64_t>(0, x, x + length), end = std::clamp<int64_t>(width, begin, x + length);
-    rows.push_back({at - from, begin - x, end - begin, x + length - end, x + length - end,
-                    end > begin ? (iz * s.in[1] + iy) * s.in[2] + begin * s.stride[2] + phase.at[2] : 0});
-    if (rows.size() > 1) rows[rows.size() - 2].zeros += rows.back().head;
-    at += length;
-  }
-  return rows;
-}
-
-// The rows of one plane, or of two that interleave in x: even and odd pixels of the same rows.
-struct Planes {
-  int64_t plane;                // the first, which holds the lower pixels
-  int64_t other;                // the second, or -1
-  std::vector<Row> rows, others;
-};
-
-std::vector<Planes> planes_of(const Plan& plan, int64_t unit) {
-  const Shape& s = plan.shape;
-  const Layout& l = plan.layout;
-  const int64_t from = l.first(unit * l.tiles / l.units) * kLanes + l.low, phases = static_cast<int64_t>(l.phases.size());
-  std::vector<Planes> all;
-  std::vector<bool> done(phases);
-  for (int64_t i = 0; i < phases; ++i) {
-    if (done[i]) continue;
-    Planes p{i, -1, rows_of(s, l, l.phases[i], from, l.plane - kLanes), {}};
-    for (int64_t j = i + 1; j < phases && s.stride[2] == 2; ++j) {
-      const Dims &a = l.phases[i].at, &b = l.phases[j].at;
-      if (a[0] == b[0] && a[1] == b[1]) p.other = j;
-    }
-    if (p.other >= 0) {
-      done[p.other] = true;
-      p.others = rows_of(s, l, l.phases[p.other], from, l.plane - kLanes);
-      if (l.phases[i].at[2] == 1) std::swap(p.plane, p.other), std::swap(p.rows, p.others);
-    }
-    all.push_back(std::move(p));
-  }
-  return all;
-}
-
-// lanes H, H + 2, ... of a and b: first inside 128-bit pieces, then pairs of lanes into their places
-template <int H, int... I>
-FANIN_INLINE vf every_other(vf a, vf b, std::integer_sequence<int, I...>) {
-  if constexpr (kLanes < 4) {
-    return __builtin_shufflevector(a, b, (2 * I + H)...);
-  } else {
-    constexpr int half = kLanes / 2;
-    const vf v = __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + H + I % 4 / 2 * kLanes)...);
-    return __builtin_shufflevector(v, v, (I < half ? I / 2 * 4 + I % 2 : (I - half) / 2 * 4 + 2 + I % 2)...);
-  }
-}
-
-// Copies may write up to a vector too much: what follows is written later, or is slack.
-FANIN_INLINE void zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) store_raw(to + i, vf{});
-}
-
-// Reads up to two vectors too much if Whole.
-template <bool Whole, class X>
-FANIN_INLINE void copy(const X* x, int64_t count, int64_t stride, float* to) {
-  using S = detail::seq<kLanes>;
-  if (Whole && stride == 1) {
-    for (int64_t i = 0; i < count; i += kLanes) store_raw(to + i, widen<kLanes>(x + i));
-  } else if (Whole && stride == 2) {
-    for (int64_t i = 0; i < count; i += kLanes)
-      store_raw(to + i, every_other<0>(widen<kLanes>(x + 2 * i), widen<kLanes>(x + 2 * i + kLanes), S{}));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = widen1(x + i * stride);
-  }
-}
-
-// Even pixels to one plane, odd ones to another.
-template <bool Whole, class X>
-FANIN_INLINE void split(const X* x, int64_t evens, int64_t odds, float* even, float* odd) {
-  using S = detail::seq<kLanes>;
-  if (Whole) {
-    for (int64_t i = 0; i < evens; i += kLanes) {
-      const vf a = widen<kLanes>(x + 2 * i), b = widen<kLanes>(x + 2 * i + kLanes);
-      store_raw(even + i, every_other<0>(a, b, S{}));
-      store_raw(odd + i, every_other<1>(a, b, S{}));
-    }
-  } else {
-    for (int64_t i = 0; i < evens; ++i) even[i] = widen1(x + 2 * i);
-    for (int64_t i = 0; i < odds; ++i) odd[i] = widen1(x + 2 * i + 1);
-  }
-}
-
 constexpr int64_t kChannelsAhead = 3;           // channels lie far apart: their pixels are requested early
 
-struct Span {
-  int64_t begin, end;
+// ---- spatial -----------------------------------------------------------------------------------------------------------
+
+// A row of all blocks, in one phase of z and y: kLanes rows of pixels become vectors, the columns of all phases of x.
+struct Row {
+  int64_t kind;                 // of its columns: which phase of z and y
+  int64_t out;                  // floats to its first vector
+  int64_t pixel[kLanes];        // start of each lane's row in the image, or -1: zeros
 };
 
-// Pixels of a channel from the first that is read to the last.
-Span pixels_of(const Shape& s, const std::vector<Planes>& planes) {
-  Span span{s.pixels_in(), 0};
-  for (const Planes& p : planes)
-    for (const std::vector<Row>* rows : {&p.rows, &p.others})
-      for (const Row& row : *rows)
-        if (row.count > 0) {
-          span.begin = std::min(span.begin, row.pixel);
-          span.end = std::max(span.end, row.pixel + (row.count - 1) * s.stride[2] + 1);
-        }
-  return span;
+// Where the vector of a column goes.
+struct Column {
+  vi inside;                    // lanes in which it is not padding
+  int64_t out;                  // floats, or -1: no tap asks for its phase
+};
+
+struct Weave {
+  int64_t width;                // columns of a block, rounded up to pieces
+  int64_t stored;               // those of a row of the image, where rows are copied with their padding
+  int64_t first;                // column of the image where the first block starts, negative in padding
+  std::vector<Row> rows;
+  std::vector<Column> columns;  // [kinds][width]
+  int64_t image[kLanes], block[kLanes];         // of each lane: the image, and its first column after `first`
+};
+
+Weave weave_of(const Plan& plan, int64_t unit) {
+  const Shape& s = plan.shape;
+  const Layout& l = plan.layout;
+  Weave w{};
+  w.width = (l.pitch * s.stride[2] + kPiece - 1) / kPiece * kPiece;
+  w.stored = l.start(s, 2, l.blocks[2] - 1) * s.stride[2] + w.width;
+  w.first = l.low[2] * s.stride[2];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    w.image[lane] = lane / (l.blocks[1] * l.blocks[2]);
+    w.block[lane] = l.start(s, 2, lane % l.blocks[2]) * s.stride[2];
+  }
+  const int64_t first = l.at(l.tiles[l.unit[unit]]) / l.pitch;
+  int64_t last = first;
+  for (int64_t i = l.unit[unit]; i < l.unit[unit + 1]; ++i)
+    last = std::max(last, (l.stop(l.tiles[i]) + l.span + l.pitch - 1) / l.pitch);
+
+  std::vector<std::array<int64_t, 2>> kinds;
+  for (const Dims& phase : l.phases)
+    if (const std::array<int64_t, 2> kind{phase[0], phase[1]}; std::find(kinds.begin(), kinds.end(), kind) == kinds.end())
+      kinds.push_back(kind);
+  for (size_t k = 0; k < kinds.size(); ++k) {
+    for (int64_t q = 0; q < w.width; ++q) {
+      const Dims phase{kinds[k][0], kinds[k][1], q % s.stride[2]};
+      const auto found = std::find(l.phases.begin(), l.phases.end(), phase);
+      Column column{vi{}, -1};
+      if (found != l.phases.end() && q / s.stride[2] < l.pitch)
+        column.out = (found - l.phases.begin()) * l.plane + q / s.stride[2] * kLanes;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t at = w.first + w.block[lane] + q;
+        column.inside[lane] = at >= 0 && at < s.in[2] ? -1 : 0;
+      }
+      w.columns.push_back(column);
+    }
+    for (int64_t r = first; r < last; ++r) {
+      Row row{static_cast<int64_t>(k), (r - first) * l.pitch * kLanes, {}};
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t y = l.start(s, 1, lane / l.blocks[2] % l.blocks[1]) + r % l.rows;
+        const int64_t iz = (r / l.rows + l.low[0]) * s.stride[0] + kinds[k][0], iy = (y + l.low[1]) * s.stride[1] + kinds[k][1];
+        const bool inside = iz >= 0 && iz < s.in[0] && iy >= 0 && iy < s.in[1];
+        row.pixel[lane] = inside ? (iz * s.in[1] + iy) * s.in[2] : -1;
+      }
+      w.rows.push_back(row);
+    }
+  }
+  return w;
 }
 
-template <bool Whole, class X>
-void pack_channel(const Planes& p, const X* x, int64_t stride, float* first, float* second) {
-  const Row *row = p.rows.data(), *end = row + p.rows.size();
-  if (p.other < 0) {
-    zero(first, row->head);
-    for (; row < end; ++row) {
-      copy<Whole>(x + row->pixel, row->count, stride, first + row->at + row->head);
-      zero(first + row->at + row->head + row->count, row->zeros);
+// lane[i]: the first column of lane i's block.
+template <class X>
+FANIN_INLINE void weave_row(const Weave& w, const Row& row, const X* const (&lane)[kLanes], float* out) {
+  const Column* column = w.columns.data() + row.kind * w.width;
+  for (int64_t q = 0; q < w.width; q += kPiece, column += kPiece) {
+    vf v[kPiece];                                             // piece b of v[j]: columns q.. of lane b * kPiece + j
+    for (int j = 0; j < kPiece; ++j)
+      v[j] = gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(lane[b * kPiece + j] + q); });
+    transpose_pieces(v);
+    for (int j = 0; j < kPiece; ++j)
+      if (column[j].out >= 0) store_raw(out + row.out + column[j].out, keep<kLanes>(column[j].inside, v[j]));
+  }
+}
+
+// kPiece channels of a row, from x[pixel][channel] to rows[channel][pixel], `channel` floats apart.
+template <class X>
+void transpose_row(const X* x, int64_t count, int64_t step, int64_t channels, float* out, int64_t channel) {
+  if (channels < kPiece) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < count; ++i) out[c * channel + i] = widen1(x + i * step + c);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    vf v[kPiece];                                             // piece b of v[j]: the channels of pixel i + b * kPiece + j
+    for (int j = 0; j < kPiece; ++j)
+      v[j] = gather_pieces<kLanes>(0, [&](int b) {
+        return widen<kPiece>(x + std::min<int64_t>(i + b * kPiece + j, count - 1) * step);
+      });
+    transpose_pieces(v);
+    const size_t bytes = std::min<int64_t>(kLanes, count - i) * sizeof(float);
+    for (int j = 0; j < kPiece; ++j) __builtin_memcpy(out + j * channel + i, &v[j], bytes);
+  }
+}
+
+// Up to kPiece channels by way of padded rows: for any memory format, and where weaving in place would leave x.
+template <class X>
+void pack_rows(const Op& op, int64_t image, const Weave& w, int64_t c, int64_t channels, float* planes, float* rows) {
+  const Shape& s = op.plan->shape;
+  const Layout& l = op.plan->layout;
+  const int64_t channel = kLanes * w.stored, pixels = s.pixels_in();
+  const int64_t begin = std::max<int64_t>(0, w.first), end = std::min(s.in[2], w.first + w.stored);
+  const X* x = static_cast<const X*>(op.x);
+  for (const Row& row : w.rows) {
+    std::fill(rows, rows + channels * channel, 0.0f);
+    for (int64_t lane = 0; lane < kLanes; lane += l.blocks[2]) {
+      const int64_t i = image + w.image[lane], pixel = row.pixel[lane] + begin;
+      float* to = rows + lane * w.stored + begin - w.first;
+      if (i >= op.batch || row.pixel[lane] < 0) continue;
+      if (op.channels_last) {
+        transpose_row(x + (i * pixels + pixel) * s.in_channels + c, end - begin, s.in_channels, channels, to, channel);
+      } else {
+        for (int64_t k = 0; k < channels; ++k)
+          for (int64_t j = 0; j < end - begin; ++j)
+            to[k * channel + j] = widen1(x + (i * s.in_channels + c + k) * pixels + pixel + j);
+      }
+    }
+    for (int64_t k = 0; k < channels; ++k) {
+      const float* lanes[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        lanes[lane] = rows + k * channel + lane / l.blocks[2] * l.blocks[2] * w.stored + w.block[lane];
+      weave_row(w, row, lanes, planes + k * l.channel);
+    }
+  }
+}
+
+template <class X>
+void pack_spatial(const Op& op, int64_t image, int64_t unit, float* planes, float* rows) {
+  const Shape& s = op.plan->shape;
+  const Layout& l = op.plan->layout;
+  const Weave w = weave_of(*op.plan, unit);
+  const int64_t channels = s.in_channels, pixels = s.pixels_in(), size = op.batch * channels * pixels;
+  if (op.channels_last) {
+    for (int64_t c = 0; c < channels; c += kPiece)
+      pack_rows<X>(op, image, w, c, std::min<int64_t>(kPiece, channels - c), planes + c * l.channel, rows);
+    return;
+  }
+  constexpr int64_t line = 64 / sizeof(X);
+  // of channel 0: elements at which lanes start, and one of each cache line
+  std::vector<int64_t> starts, lines;
+  int64_t least = size, most = 0;
+  for (const Row& row : w.rows)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const bool inside = row.pixel[lane] >= 0 && image + w.image[lane] < op.batch;
+      const int64_t at = (image + w.image[lane]) * channels * pixels + row.pixel[lane] + w.first + w.block[lane];
+      starts.push_back(inside ? at : -size);
+      if (!inside) continue;
+      least = std::min(least, at), most = std::max(most, at + w.width);
+      for (int64_t i = at / line; i <= (at + w.width - 1) / line; ++i) lines.push_back(i * line);
+    }
+  std::sort(lines.begin(), lines.end());
+  lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
+  std::fill(rows, rows + w.width, 0.0f);
+  for (int64_t c = 0; c < channels; ++c, planes += l.channel) {
+    if (least + c * pixels < 0 || most + c * pixels > size) {
+      pack_rows<X>(op, image, w, c, 1, planes, rows + w.width);
+      continue;
+    }
+    const X *x = static_cast<const X*>(op.x) + c * pixels, *zeros = reinterpret_cast<const X*>(rows);
+    const int64_t ahead = std::min(kChannelsAhead, channels - 1 - c) * pixels;
+    for (const int64_t at : lines) __builtin_prefetch(x + ahead + at);
+    const int64_t* start = starts.data();
+    for (const Row& row : w.rows) {
+      const X* lanes[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane, ++start) lanes[lane] = *start == -size ? zeros : x + *start;
+      weave_row(w, row, lanes, planes);
+    }
+  }
+}
+
+// ---- pointwise ---------------------------------------------------------------------------------------------------------
+
+// A vector of pixels of channel 0: where they stand, in elements, and where they go.
+struct Pixels {
+  int64_t at[kLanes];           // beyond the last image: 0
+  float* out;
+};
+struct Straight {
+  int64_t at;
+  float* out;
+};
+
+// Vectors of a unit, those of consecutive elements apart.
+void pixels_of(const Op& op, int64_t image, int64_t unit, float* planes, std::vector<Straight>& straight, std::vector<Pixels>& others) {
+  const Shape& s = op.plan->shape;
+  const Layout& l = op.plan->layout;
+  const int64_t pixels = s.pixels_in(), images = std::min(l.images, op.batch - image);
+  const int64_t first = l.tiles[l.unit[unit]].x * kLanes;
+  int64_t i = first / pixels, pixel = first % pixels;
+  for (int64_t tile = l.unit[unit]; tile < l.unit[unit + 1]; ++tile)
+    for (int64_t t = 0; t < l.tiles[tile].vectors; ++t) {
+      Pixels p{{}, planes + (tile - l.unit[unit]) * packed_channels(*op.plan) * l.channel + t * kLanes};
+      bool consecutive = true;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        if (i < images) p.at[lane] = i * s.in_channels * pixels + (op.channels_last ? pixel * s.in_channels : pixel);
+        consecutive = consecutive && i < images && p.at[lane] == p.at[0] + lane;
+        if (++pixel == pixels) pixel = 0, ++i;
+      }
+      if (consecutive && !op.channels_last) straight.push_back({p.at[0], p.out});
+      else others.push_back(p);
+    }
+}
+
+template <class X>
+void pack_pixels(const Op& op, int64_t image, int64_t unit, float* planes) {
+  const Shape& s = op.plan->shape;
+  const Layout& l = op.plan->layout;
+  const int64_t channels = s.in_channels, pixels = s.pixels_in(), tiles = l.unit[unit + 1] - l.unit[unit];
+  const X* x = static_cast<const X*>(op.x) + image * channels * pixels;
+  std::vector<Straight> straight;
+  std::vector<Pixels> others;
+  pixels_of(op, image, unit, planes, straight, others);
+  const auto at = [&](int64_t c) { return chunk_at(l, c / l.chunk * l.chunk) + c % l.chunk * l.channel; };
+  if (l.together > 1)
+    for (int64_t i = 0; i < tiles; ++i)
+      for (int64_t c = 0; c < channels; c += l.chunk) {
+        const int64_t behind = chunk_at(l, c) + l.chunk * l.channel;
+        std::fill_n(planes + i * packed_channels(*op.plan) * l.channel + std::min(behind, (packed_channels(*op.plan) - 1) * l.channel),
+                    l.channel, 0.0f);
+      }
+  if (op.channels_last) {
+    for (const Pixels& p : others) {
+      int64_t c = 0;
+      for (; c + kPiece <= channels; c += kPiece) {
+        vf v[kPiece];                                         // piece b of v[j]: channels c.. of lane b * kPiece + j
+        for (int j = 0; j < kPiece; ++j)
+          v[j] = gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(x + p.at[b * kPiece + j] + c); });
+        transpose_pieces(v);
+        for (int j = 0; j < kPiece; ++j) store_raw(p.out + at(c + j), v[j]);
+      }
+      for (; c < channels; ++c)
+        for (int64_t lane = 0; lane < kLanes; ++lane) p.out[at(c) + lane] = widen1(x + p.at[lane] + c);
     }
     return;
   }
-  zero(first, row->head);
-  zero(second, p.others[0].head);
-  for (const Row* other = p.others.data(); row < end; ++row, ++other) {
-    float *even = first + row->at + row->head, *odd = second + other->at + other->head;
-    if (row->head == other->head && row->count >= other->count) {
-      split<Whole>(x + row->pixel, row->count, other->count, even, odd);
-    } else {
-      copy<Whole>(x + row->pixel, row->count, stride, even);
-      copy<Whole>(x + other->pixel, other->count, stride, odd);
-    }
-    zero(even + row->count, row->zeros);
-    zero(odd + other->count, other->zeros);
-  }
-}
-
-template <class X>
-void pack_planar(const Op& op, int64_t image, const std::vector<Planes>& planes, float* out) {
-  const Shape& s = op.plan->shape;
-  const Layout& l = op.plan->layout;
-  const int64_t pixels = s.pixels_in();
-  const X* x = static_cast<const X*>(op.x) + image * s.in_channels * pixels;
-  const X* limit = static_cast<const X*>(op.x) + op.batch * s.in_channels * pixels - 2 * kLanes;
-  const Span span = pixels_of(s, planes);
-  for (int64_t c = 0; c < s.in_channels; ++c, x += pixels, out += l.channel) {
-    const X* ahead = x + std::min(kChannelsAhead, s.in_channels - 1 - c) * pixels;
-    for (int64_t i = span.begin; i < span.end; i += 64 / int64_t{sizeof(X)}) __builtin_prefetch(ahead + i);
-    for (const Planes& p : planes) {
-      float *first = out + p.plane * l.plane, *second = out + std::max<int64_t>(p.other, 0) * l.plane;
-      if (x + span.end <= limit) pack_channel<true>(p, x, s.stride[2], first, second);
-      else pack_channel<false>(p, x, s.stride[2], first, second);
-    }
-  }
-}
-
-template <class X>
-void pack_last(const Op& op, int64_t image, const std::vector<Row>& rows, float* plane) {
-  const Shape& s = op.plan->shape;
-  const int64_t channels = s.in_channels, step = s.stride[2] * channels, out = op.plan->layout.channel;
-  const X* x = static_cast<const X*>(op.x) + image * channels * s.pixels_in();
-  for (const Row& row : rows) {
-    const int64_t at = row.at;
-    const X* from = x + row.pixel * channels;
-    int64_t c = 0;
-    for (; c + kPiece <= channels; c += kPiece) {
-      for (int64_t i = 0; i < row.count; i += kLanes) {
-        vf v[kPiece];                                         // piece b of v[j]: channels c.. of pixel i + b * kPiece + j
-        for (int j = 0; j < kPiece; ++j)
-          v[j] = gather_pieces<kLanes>(0, [&](int b) {
-            const int64_t pixel = std::min<int64_t>(i + b * kPiece + j, row.count - 1);
-            return widen<kPiece>(from + pixel * step + c);
-          });
-        transpose_pieces(v);
-        const int64_t to = at + row.head + i;
-        for (int j = 0; j < kPiece; ++j) {
-          store_raw(plane + (c + j) * out + to, v[j]);
-        }
-      }
-      for (int j = 0; j < kPiece; ++j) {
-        float* to = plane + (c + j) * out + at;
-        for (int64_t i = 0; i < row.head; ++i) to[i] = 0.0f;
-        for (int64_t i = 0; i < row.tail; ++i) to[row.head + row.count + i] = 0.0f;
-      }
-    }
-    for (; c < channels; ++c) {
-      float* to = plane + c * out + at;
-      for (int64_t i = 0; i < row.head; ++i) to[i] = 0.0f;
-      for (int64_t i = 0; i < row.count; ++i) to[row.head + i] = widen1(from + i * step + c);
-      for (int64_t i = 0; i < row.tail; ++i) to[row.head + row.count + i] = 0.0f;
-    }
+  for (int64_t c = 0; c < channels; ++c) {
+    const X* from = x + c * pixels;
+    const int64_t to = at(c), ahead = std::min(kChannelsAhead, channels - 1 - c) * pixels;
+    for (size_t i = 0; i < straight.size(); i += 64 / (kLanes * sizeof(X))) __builtin_prefetch(from + ahead + straight[i].at);
+    for (const Straight& p : straight) store_raw(p.out + to, widen<kLanes>(from + p.at));
+    for (const Pixels& p : others)
+      for (int64_t lane = 0; lane < kLanes; ++lane) p.out[to + lane] = widen1(from + p.at[lane]);
   }
 }
 
 }  // namespace
 
+int64_t chunk_at(const Layout& l, int64_t channel) {
+  return (channel + (l.together > 1 ? channel / l.chunk : 0)) * l.channel;
+}
+
+int64_t packed_channels(const Plan& plan) {
+  const Layout& l = plan.layout;
+  return plan.shape.in_channels + (l.together > 1 ? l.chunks(plan.shape) : 0);
+}
+
+int64_t pack_floats(const Plan& plan) {
+  const Layout& l = plan.layout;
+  int64_t tiles = 0;
+  for (int64_t u = 0; u < l.units(); ++u) tiles = std::max(tiles, l.unit[u + 1] - l.unit[u]);
+  if (l.pointwise) return packed_channels(plan) * l.channel * tiles;
+  const Weave w = weave_of(plan, 0);
+  return plan.shape.in_channels * l.channel + w.width + kPiece * kLanes * w.stored;
+}
+
 void pack(const Op& op, int64_t image, int64_t unit, float* planes) {
-  const std::vector<Planes> all = planes_of(*op.plan, unit);
+  const Plan& plan = *op.plan;
   with_dtype(op.x_type, [&](auto zero) {
     using X = decltype(zero);
-    if (!op.channels_last) return pack_planar<X>(op, image, all, planes);
-    for (const Planes& p : all) {
-      pack_last<X>(op, image, p.rows, planes + p.plane * op.plan->layout.plane);
-      if (p.other >= 0) pack_last<X>(op, image, p.others, planes + p.other * op.plan->layout.plane);
-    }
+    if (plan.layout.pointwise) return pack_pixels<X>(op, image, unit, planes);
+    pack_spatial<X>(op, image, unit, planes, planes + plan.shape.in_channels * plan.layout.channel);
   });
 }
 

@@ -1,4 +1,4 @@
-// The convolution microkernel: one weight is broadcast against a tile of consecutive outputs.
+// The convolution microkernel: weights are broadcast against a tile of outputs.
 #include <algorithm>
 #include <array>
 #include <limits>
@@ -11,182 +11,226 @@
 namespace fanin::conv {
 namespace {
 
-// A tile is A vectors at p and B more at p + gap: of the second image, or the last vector, which may overlap the others.
-template <int A, int B>
+// Sums of R rows in a tile of P parts of N vectors, which are `gap` floats apart in x.
+template <int R, int P, int N>
 struct Sums {
-  vf v[A + B];
+  static constexpr int kVectors = P * N;
+  vf v[R * kVectors];
 
   FANIN_INLINE void clear() {
 #pragma GCC unroll 16
-    for (int t = 0; t < A + B; ++t) v[t] = vf{};
+    for (int t = 0; t < R * kVectors; ++t) v[t] = vf{};
   }
+  template <int Row>
   FANIN_INLINE void load(const float* sums) {
 #pragma GCC unroll 16
-    for (int t = 0; t < A + B; ++t) v[t] = load_raw<vf>(sums + t * kLanes);
+    for (int t = 0; t < kVectors; ++t) v[Row * kVectors + t] = load_raw<vf>(sums + t * kLanes);
   }
+  template <int Row>
   FANIN_INLINE void store(float* sums) const {
 #pragma GCC unroll 16
-    for (int t = 0; t < A + B; ++t) store_raw(sums + t * kLanes, v[t]);
+    for (int t = 0; t < kVectors; ++t) store_raw(sums + t * kLanes, v[Row * kVectors + t]);
   }
+  template <int Row>
   FANIN_INLINE void add(vf weight, const float* x, int64_t gap) {
 #pragma GCC unroll 16
-    for (int t = 0; t < A; ++t) v[t] += weight * load_raw<vf>(x + t * kLanes);
-#pragma GCC unroll 16
-    for (int t = 0; t < B; ++t) v[A + t] += weight * load_raw<vf>(x + gap + t * kLanes);
+    for (int t = 0; t < kVectors; ++t) v[Row * kVectors + t] += weight * load_raw<vf>(x + t / N * gap + t % N * kLanes);
   }
   template <class V, int... J>
-  FANIN_INLINE void add4(const V* values, const uint16_t* offsets, const float* x, int64_t step, int64_t gap,
+  FANIN_INLINE void add4(const V* values, const uint16_t* offsets, const float* x, int64_t gap,
                          std::integer_sequence<int, J...>) {
     const Weights4 w(values);
-    (add(w.pick<J>(), x + offsets[J] * step, gap), ...);
+    (add<J % R>(w.pick<J>(), x + offsets[J], gap), ...);
   }
 };
 
-struct Runs {
-  const Visit *visit, *whole, *first, *middle, *end;
-  const void* values;
-  const uint16_t* offsets;
-  const float* x;
-  float* sums;
-  int64_t step, gap;            // floats between offsets; from the first part of the tile to the second
-  // Where rows are finished in registers, or null: y of output channel 0, and by how much channels and the parts differ.
-  float* y;
+// Where rows that end in registers go: a tile of consecutive elements of each output channel.
+struct Target {
+  float* y;                     // of channel 0
   const float *residual, *bias;
   const int32_t* live;
   int64_t pixels;
   float floor;                  // -infinity, or 0 for relu
 };
 
-// Runs are visited in the order of their lengths, which no hardware prefetcher follows.
+constexpr int kVisitsAhead = 4;
 
-template <class V>
-FANIN_INLINE void prefetch_weights(const Runs& r, const Visit& visit) {
-  const char* w = static_cast<const char*>(r.values) + visit.start * sizeof(V);
-  const char* o = reinterpret_cast<const char*>(r.offsets + visit.start);
-  for (uint32_t i = 0; i < visit.count * sizeof(V) + 63; i += 64) __builtin_prefetch(w + i);
-  for (uint32_t i = 0; i < visit.count * sizeof(uint16_t) + 63; i += 64) __builtin_prefetch(o + i);
-}
+// Visits of one kind.
+struct Runs {
+  const uint16_t *count, *end, *rows, *offsets;
+  const void* values;
+  const float* x;
+  float* sums;
+  int64_t gap;
+  bool fresh;                   // sums start from zero
+  const Target* target;         // of runs that end their rows, or null: sums are kept
+};
 
-// Last runs of their rows: bias, residual and relu, and out.
-template <int A, int B>
-FANIN_INLINE void finish(const Runs& r, Sums<A, B>& sums, int32_t channel) {
-  const int64_t at = channel * r.pixels;
-  const vf bias = splat(r.bias ? r.bias[channel] : 0.0f), floor = splat(r.floor);
+// Bias, residual and relu, and out.
+template <int Row, class S>
+FANIN_INLINE void finish(const Target& o, const S& sums, int32_t channel) {
+  const vf bias = splat(o.bias ? o.bias[channel] : 0.0f), floor = splat(o.floor);
+  float* y = o.y + channel * o.pixels;
+  const float* residual = o.residual ? o.residual + channel * o.pixels : nullptr;
 #pragma GCC unroll 16
-  for (int t = 0; t < A + B; ++t) {
-    const int64_t i = at + (t < A ? t * kLanes : r.gap + (t - A) * kLanes);
-    vf v = sums.v[t] + bias;
-    if (r.residual) v += load_raw<vf>(r.residual + i);
-    store_raw(r.y + i, select<kLanes>(v < floor, floor, v));
+  for (int t = 0; t < S::kVectors; ++t) {
+    vf v = sums.v[Row * S::kVectors + t] + bias;
+    if (residual) v += load_raw<vf>(residual + t * kLanes);
+    store_raw(y + t * kLanes, select<kLanes>(v < floor, floor, v));
   }
 }
 
-template <int A, int B, class V>
-void accumulate(const Runs& r) {
+// Output channels lie far apart: the lines of a row some visits ahead are requested early.
+template <int N>
+FANIN_INLINE void prefetch(const Target& o, int32_t channel) {
+  constexpr int step = kLanes < 16 ? 16 / kLanes : 1;
+  const int64_t base = channel * o.pixels;
+#pragma GCC unroll 16
+  for (int t = 0; t < N + step - 1; t += step) {
+    const int64_t i = base + (t < N ? t * kLanes : N * kLanes - 1);
+    __builtin_prefetch(o.y + i, 1);
+    if (o.residual) __builtin_prefetch(o.residual + i);
+  }
+}
+
+// f(row) for each of R rows, row a constant.
+template <class F, int... Row>
+FANIN_INLINE void each_of(std::integer_sequence<int, Row...>, F&& f) {
+  (f(std::integral_constant<int, Row>{}), ...);
+}
+
+template <class V, int R, int P, int N>
+void accumulate(Runs& r) {
   using S4 = std::make_integer_sequence<int, 4>;
-  const int64_t step = r.step, gap = r.gap;
-  for (const Visit* visit = r.visit; visit < r.end; ++visit) {
-    const V* w = static_cast<const V*>(r.values) + visit->start;
-    const uint16_t* o = r.offsets + visit->start;
-    float* out = r.sums + visit->row * ((A + B) * kLanes);
-    prefetch_weights<V>(r, visit[kVisitsAhead]);
-    Sums<A, B> sums;
-    if (visit < r.first) sums.clear();
-    else sums.load(out);
-    int left = visit->count;
-    for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, r.x, step, gap, S4{});
-    for (int j = 0; j < left; ++j) sums.add(splat(widen1(w + j)), r.x + o[j] * step, gap);
-    if (r.y && (visit < r.whole || visit >= r.middle)) finish(r, sums, r.live[visit->row]);
-    else sums.store(out);
+  using Rows = std::make_integer_sequence<int, R>;
+  static_assert(R == 1 || R == 4);
+  constexpr int kSums = P * N * kLanes;
+  const V* w = static_cast<const V*>(r.values);
+  const uint16_t *o = r.offsets, *row = r.rows;
+  const int64_t gap = r.gap;
+  const float* x = r.x;
+  float* kept = r.sums;
+  const bool fresh = r.fresh, ends = r.target;
+  const Target target = ends ? *r.target : Target{};
+  for (const uint16_t* count = r.count; count < r.end; ++count, row += R) {
+    if (ends && r.end - count > kVisitsAhead)
+      each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { prefetch<N>(target, target.live[row[kVisitsAhead * R + i]]); });
+    Sums<R, P, N> sums;
+    if (fresh) sums.clear();
+    else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template load<i>(kept + row[i] * kSums); });
+    int left = *count * R;
+    for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, x, gap, S4{});
+    if constexpr (R == 1)
+      for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(widen1(w)), x + *o, gap);
+    if (ends) each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { finish<i>(target, sums, target.live[row[i]]); });
+    else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row[i] * kSums); });
   }
+  r.count = r.end, r.rows = row, r.offsets = o, r.values = w;
 }
 
-using Kernel = void (*)(const Runs&);
+using Kernel = void (*)(Runs&);
 
-template <class V, int... T>
-constexpr std::array<Kernel, kMaxTile> one_run(std::integer_sequence<int, T...>) { return {accumulate<T, 1, V>...}; }
-template <class V, int... T>
-constexpr std::array<Kernel, kMaxTile / 2> two_runs(std::integer_sequence<int, T...>) {
-  return {accumulate<T + 1, T + 1, V>...};
+template <class V, int P, int... N>
+constexpr std::array<Kernel, kMaxTile> of_parts(std::integer_sequence<int, N...>) {
+  return {[] {
+    if constexpr ((N + 1) * P <= kMaxTile) return &accumulate<V, 1, P, N + 1>;
+    else return Kernel{};
+  }()...};
+}
+template <class V, int... N>
+constexpr std::array<Kernel, kNarrow> narrow_tiles(std::integer_sequence<int, N...>) {
+  return {&accumulate<V, kTogether, 1, N + 1>...};
 }
 
-// vectors per image, images -> kernel
 template <class V>
-Kernel kernel(int64_t vectors, int64_t images) {
-  static constexpr auto one = one_run<V>(std::make_integer_sequence<int, kMaxTile>{});
-  static constexpr auto two = two_runs<V>(std::make_integer_sequence<int, kMaxTile / 2>{});
-  return images == 2 ? two[vectors - 1] : one[vectors - 1];
+Kernel kernel(const Tile& tile, int together) {
+  using All = std::make_integer_sequence<int, kMaxTile>;
+  static_assert(kMaxParts == 4);
+  static constexpr std::array<std::array<Kernel, kMaxTile>, kMaxParts> wide{
+      of_parts<V, 1>(All{}), of_parts<V, 2>(All{}), of_parts<V, 3>(All{}), of_parts<V, 4>(All{})};
+  static constexpr auto narrow = narrow_tiles<V>(std::make_integer_sequence<int, kNarrow>{});
+  return together == 1 ? wide[tile.parts - 1][tile.vectors - 1] : narrow[tile.vectors - 1];
 }
 
-// The outputs of lanes [from, to), of which lane `from` is sums[0].
-void pieces_of(const Plan& plan, int64_t from, int64_t to, int64_t lane, std::vector<Piece>& pieces) {
-  const Layout& l = plan.layout;
-  const Dims& out = plan.shape.out;
-  for (int64_t at = from; at < to;) {
-    const int64_t row = at / l.pitch, x = at % l.pitch, y = row % l.rows, z = row / l.rows;
-    const int64_t stop = std::min(to, (row + 1) * l.pitch);
-    if (x < out[2] && y < out[1] && z < out[0])
-      pieces.push_back({lane + at - from, (z * out[1] + y) * out[2] + x, std::min(stop - at, out[2] - x)});
-    at = stop;
+// The lanes of a tile in y. True if they are consecutive elements.
+bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
+  const Shape& s = op.plan->shape;
+  const Layout& l = op.plan->layout;
+  const int64_t pixels = s.pixels_out(), step = op.channels_last ? s.out_channels : 1;
+  const int64_t images = std::min(l.images, op.batch - image), begin = image * s.out_channels * pixels;
+  places.channel = op.channels_last ? 1 : pixels;
+  if (!l.pointwise) {
+    int64_t lane = 0;
+    for (int64_t i = 0; i < l.images; ++i)
+      for (int64_t down = 0; down < l.blocks[1]; ++down)
+        for (int64_t across = 0; across < l.blocks[2]; ++across, ++lane)
+          for (int part = 0; part < tile.parts; ++part)
+            for (int t = 0; t < tile.vectors; ++t) {
+              const int64_t y = l.start(s, 1, down) + tile.y + part, x = l.start(s, 2, across) + tile.x + t;
+              const int64_t pixel = (tile.z * s.out[1] + y) * s.out[2] + x;
+              places.at[part * tile.vectors + t][lane] =
+                  i < images ? begin + i * s.out_channels * pixels + pixel * step : -1;
+            }
+    return false;
   }
+  bool straight = true;
+  int64_t i = tile.x * kLanes / pixels, pixel = tile.x * kLanes % pixels;
+  for (int t = 0; t < tile.vectors; ++t)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      places.at[t][lane] = i < images ? begin + i * s.out_channels * pixels + pixel * step : -1;
+      straight = straight && i < images && places.at[t][lane] == places.at[0][0] + t * kLanes + lane;
+      if (++pixel == pixels) pixel = 0, ++i;
+    }
+  return straight && (step == 1 || s.out_channels == 1);
 }
 
 }  // namespace
 
 int64_t scratch_floats(const Plan& plan, int64_t first_block, int64_t last_block) {
-  const Layout& l = plan.layout;
   int64_t rows = 0;
   for (int64_t b = first_block; b < last_block; ++b) rows = std::max(rows, plan.block[b + 1] - plan.block[b]);
-  return l.images * plan.shape.in_channels * l.channel + rows * kMaxTile * kLanes + 4 * kLanes;
+  return pack_floats(plan) + rows * kMaxTile * kLanes;
 }
 
-void run(const Op& op, int64_t image, int64_t images, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
+void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
   const Plan& plan = *op.plan;
   const Layout& l = plan.layout;
-  const int64_t planes = plan.shape.in_channels * l.channel;
-  const int64_t tile0 = unit * l.tiles / l.units, tile1 = (unit + 1) * l.tiles / l.units;
-  for (int64_t i = 0; i < images; ++i) pack(op, image + i, unit, scratch + i * planes);
+  const int64_t value_bytes = plan.value_type == DType::f32 ? 4 : 2;
+  const Tile* first = l.tiles.data() + l.unit[unit];
+  float *sums = scratch, *planes = sums;
+  for (int64_t b = first_block; b < last_block; ++b)
+    planes = std::max(planes, sums + (plan.block[b + 1] - plan.block[b]) * kMaxTile * kLanes);
+  pack(op, image, unit, planes);
 
-  const bool absolute = plan.offsets.empty();   // offsets count from channel 0, not from the chunk's first
-  const bool finished = l.pointwise && images == 1 && l.lanes >= kLanes && !op.channels_last && op.x_type == DType::f32 &&
-                        (!op.bias || op.bias_type == DType::f32) && (op.act == Act::none || op.act == Act::relu);
-  Runs runs{};
-  runs.values = op.values;
-  runs.offsets = absolute ? op.offsets : plan.offsets.data();
-  runs.step = l.pointwise ? l.channel : 1;
-  runs.sums = scratch + l.images * planes + 2 * kLanes;
-  runs.pixels = plan.shape.pixels_out();
-  runs.bias = static_cast<const float*>(op.bias);
-  runs.floor = op.act == Act::relu ? 0.0f : -std::numeric_limits<float>::infinity();
-
-  std::vector<Piece> pieces;
-  for (int64_t tile = tile0; tile < tile1; ++tile) {
-    const int64_t lane = l.first(tile) * kLanes, vectors = l.first(tile + 1) - l.first(tile);
-    const int64_t lanes = std::min(vectors * kLanes, l.lanes - lane);
-    const float* x = scratch + (lane - l.first(tile0) * kLanes);
-    runs.gap = images == 2 ? planes : (finished ? lanes : vectors * kLanes) - kLanes;
-    if (finished) {                             // one image, its pixels in order: rows leave from registers
-      const int64_t at = image * plan.shape.out_channels * runs.pixels + lane;
-      runs.y = static_cast<float*>(op.y) + at;
-      runs.residual = op.residual ? static_cast<const float*>(op.residual) + at : nullptr;
-    }
-    const Kernel accumulate = with_dtype(op.value_type, [&](auto v) { return kernel<decltype(v)>(vectors, images); });
+  Places places;
+  Target target{};
+  target.bias = static_cast<const float*>(op.bias);
+  target.pixels = plan.shape.pixels_out();
+  target.floor = op.act == Act::relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  const bool simple = op.x_type == DType::f32 && (!op.bias || op.bias_type == DType::f32) &&
+                      (op.act == Act::none || op.act == Act::relu);
+  for (const Tile* tile = first; tile < l.tiles.data() + l.unit[unit + 1]; ++tile) {
+    const bool finished = places_of(op, image, *tile, places) && simple;
+    target.y = static_cast<float*>(op.y) + places.at[0][0];
+    target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
+    const float* x = planes + (l.pointwise ? (tile - first) * packed_channels(plan) * l.channel
+                                           : (l.at(*tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
+    const Kernel accumulate = with_dtype(plan.value_type, [&](auto v) { return kernel<decltype(v)>(*tile, l.together); });
     for (int64_t block = first_block; block < last_block; ++block) {
-      runs.live = plan.live.data() + plan.block[block];
+      target.live = plan.live.data() + plan.block[block];
       for (const Stage& stage : plan.stages[block]) {
-        runs.visit = plan.visits.data() + stage.begin;
-        runs.whole = plan.visits.data() + stage.whole;
-        runs.first = plan.visits.data() + stage.first;
-        runs.middle = plan.visits.data() + stage.middle;
-        runs.end = plan.visits.data() + stage.end;
-        runs.x = x + (absolute ? 0 : stage.channel * l.channel);
-        accumulate(runs);
+        Runs runs{};
+        runs.count = plan.counts.data() + stage.begin, runs.rows = plan.rows.data() + stage.begin * l.together;
+        runs.offsets = plan.offsets.data() + stage.nonzero, runs.values = plan.values.data() + stage.nonzero * value_bytes;
+        runs.x = x + chunk_at(l, stage.channel), runs.sums = sums, runs.gap = l.pitch * kLanes;
+        for (int part = 0; part < 4; ++part) {
+          runs.end = plan.counts.data() + stage.end[part];
+          runs.fresh = part < 2;
+          runs.target = finished && (part == 0 || part == 3) ? &target : nullptr;
+          accumulate(runs);
+        }
       }
-      for (int64_t i = 0; i < images && !finished; ++i) {
-        pieces.clear();
-        pieces_of(plan, lane, lane + lanes, i * vectors * kLanes, pieces);
-        store(op, image + i, pieces, runs.sums, vectors * images * kLanes, plan.block[block], plan.block[block + 1]);
-      }
+      if (!finished) store(op, *tile, places, sums, plan.block[block], plan.block[block + 1]);
     }
   }
 }

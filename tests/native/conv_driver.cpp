@@ -61,7 +61,7 @@ Case random_case() {
   }
   s.groups = pick({1, 1, 1, 2, 3});
   s.in_channels = s.groups * pick({1, 3, 8, 17, 40}), s.out_channels = s.groups * pick({1, 5, 16, 21});
-  c.batch = pick({1, 2, 3}), s.paired = c.batch > 1;
+  c.batch = pick({1, 2, 3, 9}), s.images = c.batch == 9 ? 8 : c.batch > 1 ? 2 : 1;
   const double density = std::vector<double>{0.0, 0.1, 0.5, 1.0}[rng() % 4];
   for (int32_t r = 0; r < s.out_channels; ++r) {
     if (rng() % 5 == 0) continue;
@@ -86,16 +86,17 @@ double worst_excess(const Case& c) {
 
   const conv::Shape flat = conv::flatten_pointwise(s);
   conv::Layout layout;
-  if (!conv::make_layout(flat, layout)) return INFINITY;
+  const double fan_in = static_cast<double>(nnz) / static_cast<double>(std::max<int64_t>(c.n, 1));
+  if (!conv::make_layout(flat, fan_in, layout)) return INFINITY;
   conv::Plan plan;
-  const conv::Structure structure{indices.data(), c.row_ptr.data(), c.rows.data(), c.n, 0, IType::u16};
+  const conv::Structure structure{
+      indices.data(), values.bytes.data(), c.row_ptr.data(), c.rows.data(), c.n, 0, IType::u16, value_type};
   const int64_t split = pick({1, 2});
   if (conv::build_plan(structure, flat, layout, split, plan)) return INFINITY;
   conv::Op op{};
-  op.plan = &plan, op.x = x.bytes.data(), op.values = values.bytes.data(), op.bias = bias.bytes.data();
+  op.plan = &plan, op.x = x.bytes.data(), op.bias = bias.bytes.data();
   op.residual = rng() % 2 ? residual.bytes.data() : nullptr, op.y = y.data(), op.batch = c.batch;
-  op.offsets = plan.offsets.empty() ? indices.data() : plan.offsets.data();
-  op.x_type = x_type, op.value_type = value_type, op.channels_last = last, op.act = rng() % 2 ? Act::relu : Act::none;
+  op.x_type = x_type, op.channels_last = last, op.act = rng() % 2 ? Act::relu : Act::none;
   const int64_t per = plan.blocks() / split;
   for (int64_t part = 0; part < split && per > 0; ++part) {
     const int64_t floats = conv::scratch_floats(plan, part * per, (part + 1) * per);
@@ -103,8 +104,8 @@ double worst_excess(const Case& c) {
     const std::unique_ptr<float, decltype(free_it)> scratch(
         static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)), free_it);
     for (int64_t image = 0; image < c.batch; image += layout.images)
-      for (int64_t unit = 0; unit < layout.units; ++unit)
-        conv::run(op, image, std::min(layout.images, c.batch - image), unit, part * per, (part + 1) * per, scratch.get());
+      for (int64_t unit = 0; unit < layout.units(); ++unit)
+        conv::run(op, image, unit, part * per, (part + 1) * per, scratch.get());
   }
   for (int64_t image = 0; image < c.batch; ++image) conv::run_dead(op, image);
 

@@ -44,7 +44,7 @@ with torch.no_grad():
     accuracy = (expected.argmax(1) == data.test_y).float().mean()
     print(f"test accuracy {accuracy:.2%}")
 
-    # 2. Condense: a copy that holds values[out, k] and indices[out, k] in the place of dense weights.
+    # 2. Condense: a copy that holds the k weights of each neuron and where they stand, no dense weights.
     condensed = fanin_compile.condense(model)
     torch.testing.assert_close(condensed(data.test_x), expected, rtol=1e-4, atol=1e-4)
     dense_bytes, condensed_bytes = (

@@ -91,7 +91,8 @@ def gather_matmul_chain(
         values2, structure2: packed W2 [out_features, hidden_features].
         residual: [..., out_features].
 
-    Returns: [..., out_features] in x's dtype. h is kept in fp32 by the kernel, also where x is bf16 or fp16.
+    Returns: [..., out_features] in x's dtype. The kernel keeps h in fp32, also where x is bf16 or fp16; where it is two
+        calls after all (h of eight rows beyond 960 KiB, a small gated layer), h has x's dtype.
     """
     y: Tensor = torch.ops.fanin.gather_matmul_chain(
         *(x, values, structure, bias, activation, gated, values2, structure2, bias2),

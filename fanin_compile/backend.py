@@ -178,9 +178,11 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
     """Run the passes over a captured graph, reading masks and names from the modules its weights belong to."""
     masks: dict[str, Tensor] = {}
     names: dict[str, str] = {}
+    nbytes = 0
     for i, source in captured.statics.items():
         names[static_target(i)] = layer_name(source)
         tensor = attr_tensor(captured.graph_module, static_target(i))
+        nbytes += tensor.nbytes
         owner = captured.owners.get(i)
         module = None if owner is None else owner.module()
         if owner is not None and module is not None and tensor.is_floating_point() and tensor.ndim > 1:
@@ -189,11 +191,12 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
     packer = tuned_pack if settings.max_autotune else pack_by_default
-    ctx = Context(_gate(settings), masks, names, settings.values_dtype, pack=packer)
+    ctx = Context(_gate(settings, nbytes), masks, names, settings.values_dtype, pack=packer)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)
 
 
-def _gate(settings: Options) -> Gate:
+def _gate(settings: Options, nbytes: int) -> Gate:
+    """The gate for a graph with so many bytes of weights."""
     try:
         build.load()
     except BuildError as error:
@@ -206,7 +209,7 @@ def _gate(settings: Options) -> Gate:
         return lambda layer: None
     if settings.max_autotune:  # linears are measured when they are packed
         return lambda layer: None if layer.op == "linear" else cost.gate(layer)
-    return cost.gate
+    return cost.gate_for(nbytes)
 
 
 class _FreshGraph:

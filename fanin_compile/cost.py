@@ -7,12 +7,15 @@ A layer of `nnz` active weights out of out x in, on `batch` positions, is estima
 
 with rates in multiply-adds per nanosecond. Those of linears are measured on one layer at a few batch sizes and
 interpolated in log(batch); those of convolutions on a pointwise and on a 3x3 layer of ResNet-50. Both sides are rates
-of useful work, so padding, packing and dispatch are in them.
+of useful work, so padding, packing and dispatch are in them. There are two sets of them: of one linear called over and
+over, and, for graphs whose dense weights exceed the last-level cache, of several in turn, as there each call finds its
+weights in memory, which a few batch rows do not make up for: dense reads ten times the bytes at 90 %.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import json
 import logging
@@ -31,8 +34,10 @@ from torch.nn import functional as F
 from fanin_compile import ops, ops_conv, timing  # noqa: F401  (they define the operators called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels import build
-from fanin_compile.packing import pack
+from fanin_compile.packing import Packed, pack
 from fanin_compile.records import Layer, Skip
+
+Gate = Callable[[Layer], Skip | None]
 
 log = logging.getLogger("fanin_compile")
 
@@ -40,6 +45,7 @@ BATCHES = (1, 4, 16, 64, 256)
 REFERENCE = (1024, 1024)  # out, in: leaves L2 as a dense weight, so that its traffic is in the rate
 CONVOLUTIONS = ((128, 512, 1, 28), (128, 128, 3, 28))  # out, in, kernel, output height and width
 SPARSITY = 0.9
+FEW = 16  # batch rows up to which reading the weights is what a dense layer waits for
 MARGIN = 0.95  # a layer is condensed if it is estimated to take less than this share of the dense time
 
 
@@ -74,12 +80,32 @@ class Rates:
         return layer.sparse_macs / _rate(layer, self.condensed, self.conv_condensed) / 1e3
 
 
-def gate(layer: Layer) -> Skip | None:
-    """Refuse a layer that the host's rates say would not gain, with both estimates in microseconds."""
+def gate_for(nbytes: int) -> Gate:
+    """The gate for layers of a graph with so many bytes of dense weights."""
+    return functools.partial(gate, streamed=nbytes > last_level_cache())
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core, as Linux tells; 32 MiB where nothing does."""
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes) or 32 << 20
+
+
+def gate(layer: Layer, *, streamed: bool = False) -> Skip | None:
+    """Refuse a layer that the host's rates say would not gain, with both estimates in microseconds.
+
+    Args:
+        streamed: dense weights come from memory, not from cache.
+    """
     if layer.groups != 1:
         # measured: oneDNN's depthwise kernels are memory bound, there is nothing to gain
         return Skip(layer.name, "grouped convolutions are faster dense", {"groups": layer.groups})
-    rates = host_rates(torch.get_num_threads())
+    threads = torch.get_num_threads()
+    rates = host_rates(threads, streamed=True) if streamed else host_rates(threads)
     dense, condensed = rates.dense_us(layer), rates.condensed_us(layer)
     if condensed < MARGIN * dense:
         return None
@@ -93,14 +119,14 @@ def gate(layer: Layer) -> Skip | None:
 
 
 @functools.cache
-def host_rates(threads: int) -> Rates:
-    """The rates of this host, from the cache or measured now (about half a second)."""
-    path = _cache_file(threads)
+def host_rates(threads: int, *, streamed: bool = False) -> Rates:
+    """The rates of this host, from the cache or measured now (about half a second, streamed two)."""
+    path = _cache_file(threads, streamed)
     try:
         return Rates.parse(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.debug("measuring the rates of this host: %s", error)
-    rates = measure(threads)
+    rates = measure(threads, streamed=streamed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -111,10 +137,12 @@ def host_rates(threads: int) -> Rates:
     return rates
 
 
-def measure(threads: int, seconds: float = 0.04) -> Rates:
+def measure(threads: int, seconds: float = 0.04, *, streamed: bool = False) -> Rates:
     """Time the reference layers dense and condensed, the two sides interleaved, `seconds` for each measurement."""
+    # each layer holds 4 MiB: together twice the cache
+    copies = max(1, 2 * last_level_cache() // (4 * math.prod(REFERENCE))) if streamed else 1
     with timing.threads(threads):
-        linears = [_linear_rates(batch, seconds) for batch in BATCHES]
+        linears = [_linear_rates(batch, seconds, copies if batch <= FEW else 1) for batch in BATCHES]
         convolutions = [_conv_rates(*shape, seconds) for shape in CONVOLUTIONS]
     return Rates(threads, *_transposed(linears), *_transposed(convolutions))
 
@@ -123,18 +151,24 @@ def _transposed(pairs: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...]
     return tuple(dense for dense, _ in pairs), tuple(condensed for _, condensed in pairs)
 
 
-def _linear_rates(batch: int, seconds: float) -> tuple[float, float]:
+def _linear_rates(batch: int, seconds: float, copies: int) -> tuple[float, float]:
     dense, weight = _masked(REFERENCE)
     out, fan_in = REFERENCE
-    packed = pack(weight)
     x = torch.randn(batch, fan_in)
-    return _rates(
-        lambda: F.linear(x, dense),
-        lambda: torch.ops.fanin.gather_matmul(x, packed.values, packed.structure, None, out),
-        batch * dense.numel(),
-        batch * weight.nnz,
-        seconds,
-    )
+    denses = [dense.clone() for _ in range(copies)]
+    packeds = [pack(weight)]
+    packeds += [Packed(packeds[0].values.clone(), packeds[0].structure.clone()) for _ in range(copies - 1)]
+
+    def run_dense() -> None:
+        for d in denses:
+            F.linear(x, d)
+
+    def run_condensed() -> None:
+        for p in packeds:
+            torch.ops.fanin.gather_matmul(x, p.values, p.structure, None, out)
+
+    macs = copies * batch
+    return _rates(run_dense, run_condensed, macs * dense.numel(), macs * weight.nnz, seconds)
 
 
 def _conv_rates(out: int, channels: int, kernel: int, size: int, seconds: float) -> tuple[float, float]:
@@ -192,7 +226,7 @@ def _interpolate(rates: Sequence[float], batch: int) -> float:
     return rates[right - 1] * (1 - share) + rates[right] * share
 
 
-def _cache_file(threads: int) -> Path:
+def _cache_file(threads: int, streamed: bool) -> Path:
     # named after the library, whose own name covers sources, compiler, ISA and torch's version
     library = build.library_path()
-    return library.with_name(f"{library.stem}-{platform.node()}-{threads}-rates.json")
+    return library.with_name(f"{library.stem}-{platform.node()}-{threads}{'-streamed' * streamed}-rates.json")

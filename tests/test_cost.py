@@ -34,8 +34,10 @@ def _layer(
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and a measurement that costs nothing."""
     file = tmp_path / "rates.json"
-    monkeypatch.setattr(cost, "_cache_file", lambda threads: file)
-    monkeypatch.setattr(cost, "measure", lambda threads: dataclasses.replace(RATES, threads=threads))
+    monkeypatch.setattr(cost, "_cache_file", lambda threads, streamed: file)
+    monkeypatch.setattr(
+        cost, "measure", lambda threads, streamed: dataclasses.replace(RATES, threads=threads)
+    )
     cost.host_rates.cache_clear()
     yield file
     cost.host_rates.cache_clear()
@@ -89,7 +91,7 @@ def test_rates_are_kept_and_read_again(cache: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads(cache.read_text())["dense"] == list(RATES.dense)
     cost.host_rates.cache_clear()
 
-    def fail(threads: int) -> Rates:
+    def fail(threads: int, streamed: bool) -> Rates:
         raise AssertionError("measured although kept")
 
     monkeypatch.setattr(cost, "measure", fail)
@@ -113,11 +115,28 @@ def test_a_damaged_file_is_measured_anew(cache: Path, content: str) -> None:
 
 
 def test_an_unwritable_cache_does_not_matter(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_cache_file", lambda threads: Path("/proc/nowhere/rates.json"))
+    monkeypatch.setattr(cost, "_cache_file", lambda threads, streamed: Path("/proc/nowhere/rates.json"))
     assert cost.host_rates(1) == RATES
 
 
-def test_measuring_gives_positive_rates_of_both_sides() -> None:
-    rates = cost.measure(1, seconds=0.0)
+def test_weights_beyond_the_caches_are_judged_by_streamed_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = dataclasses.replace(RATES, dense=(0.1,) * len(BATCHES))
+    monkeypatch.setattr(cost, "host_rates", lambda threads, streamed=False: slow if streamed else RATES)
+    monkeypatch.setattr(cost, "last_level_cache", lambda: 1000)
+    layer = _layer(batch=256)
+    assert cost.gate_for(1000)(layer) is not None
+    assert cost.gate_for(1001)(layer) is None
+
+
+def test_the_last_level_cache_is_a_plausible_size() -> None:
+    assert 1 << 18 <= cost.last_level_cache() <= 1 << 32
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_measuring_gives_positive_rates_of_both_sides(
+    monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    monkeypatch.setattr(cost, "last_level_cache", lambda: 8 << 20)  # few layers, to be quick
+    rates = cost.measure(1, seconds=0.0, streamed=streamed)
     assert rates.threads == 1
     assert Rates.parse(dataclasses.asdict(rates)) == rates

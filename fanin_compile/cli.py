@@ -130,7 +130,7 @@ def targets(
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Everything the linear kernels aim at, next to what this host reaches (about ten minutes)."""
+    """Everything the linear kernels aim at, next to what this host reaches (a quarter of an hour)."""
     from fanin_compile.bench.targets import bench_targets
 
     result = bench_targets(threads=_numbers(int, threads, "--threads"), seconds=seconds, quick=quick)

@@ -58,9 +58,9 @@ def condense(
     """A copy of `model` in which every masked Linear and Conv is a CondensedLinear or CondensedConv.
 
     Works on any nn.Module, traceable or not: layers are swapped, the model's own code stays. Outputs keep their shapes
-    (an ablated neuron's is its bias); `state_dict()` holds condensed values and their structure, no dense weights. The model
-    itself is left untouched, and its dense weights are never copied. Layers that would not shrink, or whose forward is
-    their own, stay as they are; `fanin_compile.explain` names each with the reason.
+    (an ablated neuron's is its bias); `state_dict()` holds condensed values and their structure, not dense ones. The
+    model itself is left untouched, its dense weights are never copied. Layers that would not shrink, or whose forward
+    is their own, stay as they are; `fanin_compile.explain` names each with the reason.
 
     With `example_inputs` the whole model is exported in eval mode instead and comes back as a GraphModule for
     inference: ablated neurons are removed across layers, batch norms folded, activations fused. A model that cannot

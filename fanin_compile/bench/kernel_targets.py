@@ -36,7 +36,7 @@ def stacks(layer: tuple[int, int], threads: Sequence[int], seconds: float, quick
     """The compiled stack over the best dense."""
     batches = {
         0.9: (1, 8, 16, 64, 256, 2048),
-        0.8: (1, 8, 16, 64, 256, 2048),
+        0.8: (1, 16, 256),
         0.95: (1, 256),
         0.99: (1, 256),
         0.7: (1, 16, 256),
@@ -44,7 +44,8 @@ def stacks(layer: tuple[int, int], threads: Sequence[int], seconds: float, quick
     if quick:
         batches = {0.9: (1, 8)}
     for count in threads:
-        for sparsity, sizes in batches.items():
+        # more threads, the same kernels: the sparsities are told by one count
+        for sparsity, sizes in batches.items() if count == min(threads) else [(0.9, (1, 8, 16, 64, 256))]:
             for batch in sizes:
                 case = LinearCase(*layer, sparsity, batch, count, pairs=1 if quick else PAIRS)
                 model, x = build(case)

@@ -333,22 +333,71 @@ def writes(node: fx.Node) -> bool:
     return next(_written_args(node), None) is not None
 
 
-def _storage_roots(node: fx.Node) -> Iterator[fx.Node]:
-    """The get_attr nodes whose storage `node` may share, through any chain of views and in-place ops."""
+def writes_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether a node after `first` and before `last` works in place: what both read may differ."""
+    node = first.next
+    while node is not last:
+        if writes(node):
+            return True
+        node = node.next
+    return False
+
+
+# they may return their input itself, which their schemas do not say
+_UNDECLARED_VIEWS = (
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.type_as.default,
+    torch.ops.aten.broadcast_tensors.default,
+)
+
+
+def _shares_storage_with(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments whose storage the result of `node` may share: views, and what it writes in place."""
+    if node.target is operator.getitem or node.target in _UNDECLARED_VIEWS:
+        yield from node.all_input_nodes
+    elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        yield from _schema_args(node, write=False)
+        yield from _schema_args(node, write=True)
+
+
+def _storage_roots(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose storage `node` may share and which share no other's, through views and in-place ops."""
     seen: set[fx.Node] = set()
+    roots: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
-        if current.op == "get_attr":
-            yield current
-        elif current.target is operator.getitem:
-            stack.extend(current.all_input_nodes)
-        elif current.op == "call_function" and isinstance(current.target, torch._ops.OpOverload):
-            stack.extend(_schema_args(current, write=False))
-            stack.extend(_schema_args(current, write=True))
+        before = list(_shares_storage_with(current))
+        stack.extend(before)
+        if not before:
+            roots.add(current)
+    return roots
+
+
+def overwritten(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes some users of which run after their storage was written to by another name of it.
+
+    y = view(h); add_(y, 1); linear(h)  ->  {h}: the linear does not read what h was when it was computed.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    found: set[fx.Node] = set()
+    writers = [(node, arg) for node in graph.nodes for arg in _written_args(node)]
+    if not writers:
+        return found
+    roots = {node: _storage_roots(node) for node in graph.nodes}
+    for writer, arg in writers:
+        for node in graph.nodes:
+            if node is writer:
+                break
+            late = any(position[user] > position[writer] for user in node.users)
+            if late and not roots[node].isdisjoint(roots[arg]):
+                found.add(node)
+    return found
 
 
 class Evaluator:

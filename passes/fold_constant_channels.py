@@ -21,6 +21,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     bind_arguments,
+    overwritten,
     set_layer_weight,
     tensor_meta,
 )
@@ -34,6 +35,7 @@ def fold_constant_channels(gm: fx.GraphModule, ctx: Context) -> PassResult:
     skipped: list[Skip] = []
     evaluate = Evaluator(gm)
     known: dict[fx.Node, Channels] = {}
+    changed = overwritten(gm.graph)
     for node in list(gm.graph.nodes):
         if CONDENSED in node.meta:
             layer, channels = node.meta[LAYER], known.get(node.args[0])
@@ -46,7 +48,7 @@ def fold_constant_channels(gm: fx.GraphModule, ctx: Context) -> PassResult:
                         Rewrite(layer.name, "folded", detail=f"{refusal} constant inputs folded")
                     )
         found = constant_channels(node, known, evaluate)
-        if found is not None:
+        if found is not None and node not in changed:
             known[node] = found
     return PassResult(tuple(rewritten), tuple(skipped))
 

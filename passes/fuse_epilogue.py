@@ -15,7 +15,15 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.graph import LAYER, Context, PassResult, bind_arguments, replace_node, tensor_meta, writes
+from fanin_compile.graph import (
+    LAYER,
+    Context,
+    PassResult,
+    bind_arguments,
+    replace_node,
+    tensor_meta,
+    writes_between,
+)
 from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite
 
@@ -67,12 +75,7 @@ def _fusable(producer: object, user: fx.Node) -> bool:
     targets = (torch.ops.fanin.gather_matmul.default, torch.ops.fanin.gather_conv.default)
     if not isinstance(producer, fx.Node) or producer.target not in targets or list(producer.users) != [user]:
         return False
-    between = producer.next
-    while between is not user:
-        if writes(between):  # it might write the producer's input
-            return False
-        between = between.next
-    return True
+    return not writes_between(producer, user)  # of the producer's input
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from fanin_compile.graph import LAYER, Context, PassResult, replace_node, tensor_meta
+from fanin_compile.graph import LAYER, Context, PassResult, replace_node, tensor_meta, writes_between
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
@@ -58,7 +58,9 @@ def recognise_activations(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if root in gone:  # within a longer expression
             continue
         for x, nodes in _expressions(root):
-            name = _recognise(root, x, nodes) if LAYER in x.meta else None
+            first = next(node for node in gm.graph.nodes if node in nodes)
+            known = LAYER in x.meta and not writes_between(first, root)  # of x
+            name = _recognise(root, x, nodes) if known else None
             if name is not None:
                 target, kwargs, _ = _KNOWN[name]
                 replace_node(root, target, (x,)).kwargs = kwargs

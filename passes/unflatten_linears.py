@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.graph import LAYER, Context, PassResult, replace_node, tensor_meta
+from fanin_compile.graph import LAYER, Context, PassResult, replace_node, tensor_meta, writes_between
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
@@ -33,6 +33,8 @@ def unflatten_linears(gm: fx.GraphModule, ctx: Context) -> PassResult:
             continue
         flat = linear.args[0]
         if not isinstance(flat, fx.Node) or flat.target not in VIEWS or list(linear.users) != [back]:
+            continue
+        if writes_between(flat, back):  # of x
             continue
         x, after = tensor_meta(flat.args[0]), tensor_meta(back)
         before, wide = tensor_meta(flat), tensor_meta(linear)

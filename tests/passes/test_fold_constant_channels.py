@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from fanin_compile.graph import CONDENSED
@@ -91,3 +95,58 @@ def test_a_padded_convolution_folds_only_zeros() -> None:
         assert len(result.rewritten) == folded, (padding, bias)
         reasons = [s.reason for s in result.skipped]
         assert reasons == ([] if folded else ["constant inputs stay: padding makes the border differ"])
+
+
+def _through_a_view(h: Tensor) -> Tensor:
+    h.view(-1).mul_(0.5)
+    return h
+
+
+def _through_a_slice(h: Tensor) -> Tensor:
+    h[:, 3:30] = 7.0
+    return h
+
+
+def _seen_by_an_earlier_view(h: Tensor) -> Tensor:
+    view = h.view(-1, 32)
+    h.add_(2.0)
+    return view
+
+
+def _seen_by_dropout(h: Tensor) -> Tensor:
+    same = F.dropout(h, 0.5, training=False)
+    h.mul_(-1.0)
+    return same
+
+
+def _through_a_transpose(h: Tensor) -> Tensor:
+    h.t().exp_()
+    return h.tanh()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [_through_a_view, _through_a_slice, _seen_by_an_earlier_view, _seen_by_dropout, _through_a_transpose],
+)
+def test_a_neuron_written_to_by_another_name_is_not_constant(between: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = sparse_linear(64, 32, 6, ablated=4), sparse_linear(32, 16, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(between(self.a(x)))
+            return y
+
+    x = randn(5, 64)
+    gm = graph_of(Model(), x)
+    assert run(gm, fold_constant_channels, inputs=(x,)).rewritten == ()
+
+
+def test_a_function_in_place_is_followed() -> None:
+    model = nn.Sequential(
+        sparse_linear(64, 32, 6, ablated=4), nn.ReLU(inplace=True), sparse_linear(32, 16, 20)
+    )
+    x = randn(5, 64)
+    gm = graph_of(model, x)
+    assert len(run(gm, fold_constant_channels, inputs=(x,)).rewritten) == 1

@@ -83,6 +83,15 @@ def test_one_after_another() -> None:
     assert _recognised(twice) == ["silu"]  # the second follows no layer
 
 
+def test_a_variable_that_changes_on_the_way() -> None:
+    def changes(z: Tensor) -> Tensor:
+        s = torch.sigmoid(z)
+        z.view(-1).add_(1.0)
+        return z * s
+
+    assert _recognised(changes) == []
+
+
 def test_on_a_product_of_the_layers_output() -> None:
     """What is left of the expression's variable is no part of it."""
     x = randn(5, 64)

@@ -22,11 +22,12 @@ class _Flattens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, 64)
         h = F.linear(flat, self.weight, self.bias)
+        if self.how == "write":
+            flat.mul_(2.0)
+            return h.view(2, 5, 32)
         if self.how == "read":
             return h.view(2, 5, 32) + h.sum()
-        return h.view(
-            {"back": (2, 5, 32), "read": (2, 5, 32), "other": (5, 2, 32), "wide": (2, 160)}[self.how]
-        )
+        return h.view({"back": (2, 5, 32), "other": (5, 2, 32), "wide": (2, 160)}[self.how])
 
 
 def test_works_on_the_unflattened_input() -> None:
@@ -48,3 +49,18 @@ def test_leaves_other_shapes_other_readers_and_dense_layers() -> None:
         assert run(gm, unflatten_linears, inputs=(x,)).rewritten == ()
         (node,) = calls(gm, aten.linear.default)
         assert node.args[0].op == "call_function"  # type: ignore[union-attr]
+
+
+def test_leaves_an_input_that_is_written_to_before_the_view_back() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flattens = _Flattens("write")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.flattens(x * 1.0)
+            return y
+
+    x = randn(2, 5, 64)
+    gm = graph_of(Model(), x)
+    assert run(gm, unflatten_linears, inputs=(x,)).rewritten == ()

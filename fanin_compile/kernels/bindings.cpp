@@ -36,6 +36,10 @@ const fanin::Structure& structure_of(const Tensor& structure, const Tensor& valu
   const auto& s = *static_cast<const fanin::Structure*>(structure.const_data_ptr());
   TORCH_CHECK_VALUE(s.version == fanin::Structure::kVersion && s.bytes == bytes,
                     "fanin: structure was packed by another version or is cut off: pack the condensed weight anew");
+  // packing.py checks the rest where a structure is read from outside
+  TORCH_CHECK_VALUE(s.entries >= 0 && s.segments_at >= 0 && s.groups_at >= s.segments_at && s.columns_at >= s.groups_at &&
+                        s.columns_at + s.entries * s.column_bytes <= bytes && s.blocks >= 1 && s.chunks >= 1 && s.width >= 1,
+                    "fanin: the structure is damaged: pack the condensed weight anew");
   TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous() && values.numel() >= s.entries,
                     "fanin: values must be contiguous with at least ", s.entries, " elements, got ", values.sizes());
   return s;

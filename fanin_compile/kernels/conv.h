@@ -95,8 +95,7 @@ struct Plan {
   std::vector<uint16_t> counts; // [visits] non-zeros of each run
   std::vector<uint16_t> rows;   // [visits][together] inside the block
   std::vector<uint16_t> offsets;                // in visiting order, floats from the chunk's first channel
-  std::vector<char> values;     // likewise, of value_type
-  DType value_type;
+  std::vector<float> values;    // likewise
 
   int64_t blocks() const { return static_cast<int64_t>(stages.size()); }
   int64_t nbytes() const;

@@ -54,8 +54,7 @@ void visit(const Structure& st, int64_t block, int64_t chunk, const Run* runs, P
   const Shape& shape = plan.shape;
   const Layout& l = plan.layout;
   const I* indices = static_cast<const I*>(st.indices);
-  const char* values = static_cast<const char*>(st.values);
-  const int64_t taps = shape.taps(), bytes = st.value_type == DType::f32 ? 4 : 2;
+  const int64_t taps = shape.taps();
   const int64_t rows_per_group = shape.out_channels / shape.groups;
   const int64_t count = std::max_element(runs, runs + l.together, [](const Run& a, const Run& b) { return a.count < b.count; })->count;
   for (int r = 0; r < l.together; ++r) plan.rows.push_back(runs[r].row);
@@ -63,14 +62,15 @@ void visit(const Structure& st, int64_t block, int64_t chunk, const Run* runs, P
   for (int64_t j = 0; j < count; ++j)
     for (int r = 0; r < l.together; ++r) {
       const Run& run = runs[r];
-      plan.values.resize(plan.values.size() + bytes);         // zeros
+      float value = 0;
       int64_t offset = l.chunk * l.channel;                   // the channel of zeros behind a chunk
       if (j < run.count) {
-        std::memcpy(plan.values.data() + plan.values.size() - bytes, values + (run.start + j) * bytes, bytes);
+        value = with_dtype(st.value_type, [&](auto v) { return widen1(static_cast<const decltype(v)*>(st.values) + run.start + j); });
         const int64_t index = indices[run.start + j], tap = index % taps;
         const int64_t base = plan.live[plan.block[block] + run.row] / rows_per_group * shape.group_channels();
         offset = (base + index / taps - chunk * l.chunk) * l.channel + l.tap_phase[tap] * l.plane + l.tap[tap] * l.vector;
       }
+      plan.values.push_back(value);
       plan.offsets.push_back(static_cast<uint16_t>(offset));
     }
 }
@@ -112,7 +112,6 @@ const char* build_plan(const Structure& st, const Shape& shape, const Layout& la
   plan = Plan{};
   plan.shape = shape;
   plan.layout = layout;
-  plan.value_type = st.value_type;
   std::vector<int32_t> rows;
   std::vector<bool> alive(shape.out_channels);
   for (int64_t r = 0; r < st.n; ++r) {
@@ -134,8 +133,8 @@ const char* build_plan(const Structure& st, const Shape& shape, const Layout& la
   return with_itype(st.type, [&](auto zero) -> const char* {
     using I = decltype(zero);
     if (const char* wrong = cut<I>(st, plan, rows, runs)) return wrong;
-    const int64_t nonzeros = st.begin(st.n), bytes = st.value_type == DType::f32 ? 4 : 2;
-    if (layout.together == 1) plan.values.reserve(nonzeros * bytes), plan.offsets.reserve(nonzeros);
+    const int64_t nonzeros = st.begin(st.n);
+    if (layout.together == 1) plan.values.reserve(nonzeros), plan.offsets.reserve(nonzeros);
     stages<I>(st, runs, plan);
     plan.values.shrink_to_fit(), plan.offsets.shrink_to_fit();
     return nullptr;
@@ -143,7 +142,7 @@ const char* build_plan(const Structure& st, const Shape& shape, const Layout& la
 }
 
 int64_t Plan::nbytes() const {
-  int64_t total = static_cast<int64_t>(sizeof(int32_t) * (live.size() + dead.size()) + values.size() +
+  int64_t total = static_cast<int64_t>(sizeof(int32_t) * (live.size() + dead.size()) + sizeof(float) * values.size() +
                                        sizeof(uint16_t) * (counts.size() + rows.size() + offsets.size()));
   for (const auto& stage : stages) total += static_cast<int64_t>(sizeof(Stage) * stage.size());
   return total;

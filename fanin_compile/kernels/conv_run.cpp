@@ -36,8 +36,8 @@ struct Sums {
 #pragma GCC unroll 16
     for (int t = 0; t < kVectors; ++t) v[Row * kVectors + t] += weight * load_raw<vf>(x + t / N * gap + t % N * kLanes);
   }
-  template <class V, int... J>
-  FANIN_INLINE void add4(const V* values, const uint16_t* offsets, const float* x, int64_t gap,
+  template <int... J>
+  FANIN_INLINE void add4(const float* values, const uint16_t* offsets, const float* x, int64_t gap,
                          std::integer_sequence<int, J...>) {
     const Weights4 w(values);
     (add<J % R>(w.pick<J>(), x + offsets[J], gap), ...);
@@ -58,8 +58,7 @@ constexpr int kVisitsAhead = 4;
 // Visits of one kind.
 struct Runs {
   const uint16_t *count, *end, *rows, *offsets;
-  const void* values;
-  const float* x;
+  const float *values, *x;
   float* sums;
   int64_t gap;
   bool fresh;                   // sums start from zero
@@ -99,13 +98,13 @@ FANIN_INLINE void each_of(std::integer_sequence<int, Row...>, F&& f) {
   (f(std::integral_constant<int, Row>{}), ...);
 }
 
-template <class V, int R, int P, int N>
+template <int R, int P, int N>
 void accumulate(Runs& r) {
   using S4 = std::make_integer_sequence<int, 4>;
   using Rows = std::make_integer_sequence<int, R>;
   static_assert(R == 1 || R == 4);
   constexpr int kSums = P * N * kLanes;
-  const V* w = static_cast<const V*>(r.values);
+  const float* w = r.values;
   const uint16_t *o = r.offsets, *row = r.rows;
   const int64_t gap = r.gap;
   const float* x = r.x;
@@ -121,7 +120,7 @@ void accumulate(Runs& r) {
     int left = *count * R;
     for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, x, gap, S4{});
     if constexpr (R == 1)
-      for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(widen1(w)), x + *o, gap);
+      for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(*w), x + *o, gap);
     if (ends) each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { finish<i>(target, sums, target.live[row[i]]); });
     else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row[i] * kSums); });
   }
@@ -130,25 +129,24 @@ void accumulate(Runs& r) {
 
 using Kernel = void (*)(Runs&);
 
-template <class V, int P, int... N>
+template <int P, int... N>
 constexpr std::array<Kernel, kMaxTile> of_parts(std::integer_sequence<int, N...>) {
   return {[] {
-    if constexpr ((N + 1) * P <= kMaxTile) return &accumulate<V, 1, P, N + 1>;
+    if constexpr ((N + 1) * P <= kMaxTile) return &accumulate<1, P, N + 1>;
     else return Kernel{};
   }()...};
 }
-template <class V, int... N>
+template <int... N>
 constexpr std::array<Kernel, kNarrow> narrow_tiles(std::integer_sequence<int, N...>) {
-  return {&accumulate<V, kTogether, 1, N + 1>...};
+  return {&accumulate<kTogether, 1, N + 1>...};
 }
 
-template <class V>
 Kernel kernel(const Tile& tile, int together) {
   using All = std::make_integer_sequence<int, kMaxTile>;
   static_assert(kMaxParts == 4);
   static constexpr std::array<std::array<Kernel, kMaxTile>, kMaxParts> wide{
-      of_parts<V, 1>(All{}), of_parts<V, 2>(All{}), of_parts<V, 3>(All{}), of_parts<V, 4>(All{})};
-  static constexpr auto narrow = narrow_tiles<V>(std::make_integer_sequence<int, kNarrow>{});
+      of_parts<1>(All{}), of_parts<2>(All{}), of_parts<3>(All{}), of_parts<4>(All{})};
+  static constexpr auto narrow = narrow_tiles(std::make_integer_sequence<int, kNarrow>{});
   return together == 1 ? wide[tile.parts - 1][tile.vectors - 1] : narrow[tile.vectors - 1];
 }
 
@@ -195,7 +193,6 @@ int64_t scratch_floats(const Plan& plan, int64_t first_block, int64_t last_block
 void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
   const Plan& plan = *op.plan;
   const Layout& l = plan.layout;
-  const int64_t value_bytes = plan.value_type == DType::f32 ? 4 : 2;
   const Tile* first = l.tiles.data() + l.unit[unit];
   float *sums = scratch, *planes = sums;
   for (int64_t b = first_block; b < last_block; ++b)
@@ -215,13 +212,13 @@ void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
     const float* x = planes + (l.pointwise ? (tile - first) * packed_channels(plan) * l.channel
                                            : (l.at(*tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
-    const Kernel accumulate = with_dtype(plan.value_type, [&](auto v) { return kernel<decltype(v)>(*tile, l.together); });
+    const Kernel accumulate = kernel(*tile, l.together);
     for (int64_t block = first_block; block < last_block; ++block) {
       target.live = plan.live.data() + plan.block[block];
       for (const Stage& stage : plan.stages[block]) {
         Runs runs{};
         runs.count = plan.counts.data() + stage.begin, runs.rows = plan.rows.data() + stage.begin * l.together;
-        runs.offsets = plan.offsets.data() + stage.nonzero, runs.values = plan.values.data() + stage.nonzero * value_bytes;
+        runs.offsets = plan.offsets.data() + stage.nonzero, runs.values = plan.values.data() + stage.nonzero;
         runs.x = x + chunk_at(l, stage.channel), runs.sums = sums, runs.gap = l.pitch * kLanes;
         for (int part = 0; part < 4; ++part) {
           runs.end = plan.counts.data() + stage.end[part];

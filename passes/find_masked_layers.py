@@ -44,6 +44,7 @@ CONVOLUTIONS = {
     aten.conv2d.padding: "conv2d",
     aten.conv3d.padding: "conv3d",
 }
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 # operators which hold whole layers, with all their weights as arguments
 OPAQUE = (aten._native_multi_head_attention.default,)
 PASSING = (aten.to.dtype, aten.contiguous.default, aten.detach.default)
@@ -115,6 +116,7 @@ def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
         node.meta[LAYER] = layer
         node.meta[CONDENSED] = weight
     skipped += _hidden(gm.graph, evaluate, ctx)
+    skipped += _transposed(gm.graph, evaluate, ctx)
     return PassResult(tuple(rewritten), tuple(skipped), tuple(found))
 
 
@@ -203,6 +205,20 @@ def _hidden(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip
             if value is not None and not bool((value != 0).all()):
                 values = {"op": node.target, "opened by": "torch.backends.mha.set_fastpath_enabled(False)"}
                 yield Skip(_constant_name(weight, ctx) or weight.name, "hidden in a fused operator", values)
+
+
+def _transposed(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip]:
+    """A Skip for every sparse transposed convolution."""
+    for node in graph.nodes:
+        if node.target not in TRANSPOSED:
+            continue
+        weight = node.args[1]
+        value = evaluate(weight)
+        if value is not None and not bool((value != 0).all()):
+            values = {"op": node.target, "shape": "x".join(map(str, value.shape))}
+            yield Skip(
+                _constant_name(weight, ctx) or weight.name, "transposed convolutions stay dense", values
+            )
 
 
 def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor, *, counted: bool) -> Layer:

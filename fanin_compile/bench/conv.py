@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from fanin_compile.bench.cases import constant_fan_in_mask
 from fanin_compile.bench.measure import DisagreementError, geometric_mean
+from fanin_compile.bench.output import Target
+from fanin_compile.bench.roofline import roofline
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.ops_conv import gather_conv
 from fanin_compile.timing import interleaved, threads
@@ -46,6 +48,9 @@ class ConvCase:
         return 2.0 if batch == 1 and self.size // self.stride <= 7 else 3.0
 
 
+GEOMETRIC_MEAN = 5.0  # least ratio aimed at over all layers of a batch size and thread count
+FMA_SHARE = 50.0  # per cent of the peak in useful multiply-adds that every 3x3 layer aims at
+
 RESNET50 = (
     ConvCase(64, 64, 56, 3),
     ConvCase(128, 128, 28, 3),
@@ -71,6 +76,7 @@ class ConvRow:
         ratio: dense_us / ours_us, x in the same contiguous format that ours reads.
         ours_channels_last_us: of the same layer on a channels_last x.
         macs_per_ns: useful multiply-adds, over all threads.
+        kernel: its size in one dimension.
     """
 
     name: str
@@ -82,6 +88,7 @@ class ConvRow:
     ours_channels_last_us: float
     macs_per_ns: float
     target: float
+    kernel: int
 
     @property
     def ratio(self) -> float:
@@ -144,11 +151,36 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
         ours_channels_last_us=times["ours channels_last"].us,
         macs_per_ns=batch * condensed.nnz * case.pixels / times["ours"].median,
         target=case.target(batch),
+        kernel=case.kernel,
     )
 
 
+def targets(rows: Sequence[ConvRow], peak: float) -> list[Target]:
+    """For each batch size and thread count: the mean of the ratios, the least of each aim, the share of the FMA peak.
+
+    Args:
+        peak: fp32 multiply-adds per ns of one core.
+    """
+    lines = []
+    for count, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
+        chosen = [row for row in rows if (row.threads, row.batch) == (count, batch)]
+        where = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+        mean = geometric_mean([row.ratio for row in chosen])
+        lines.append(Target(f"{where}: geometric mean over the best dense", GEOMETRIC_MEAN, mean))
+        for aim in sorted({row.target for row in chosen}, reverse=True):
+            least = min((row for row in chosen if row.target == aim), key=lambda row: row.ratio)
+            lines.append(Target(f"{where}: least of its aim, {least.name}", aim, least.ratio))
+        if spatial := [row for row in chosen if row.kernel == 3]:
+            least = min(spatial, key=lambda row: row.macs_per_ns)
+            share = 100 * least.macs_per_ns / (peak * count)
+            lines.append(
+                Target(f"{where}: least useful share of FMA, 3x3, {least.name}", FMA_SHARE, share, "%")
+            )
+    return lines
+
+
 def table(rows: Sequence[ConvRow]) -> str:
-    """All rows against their targets, and the geometric mean of the ratios for each batch size and thread count."""
+    """All rows against their targets, then what they amount to against the targets of the whole."""
     headers = ["layer", "threads", "batch", "dense us", "best dense", "ours us", "ours channels_last us"]
     headers += ["x best dense", "target", "MAC/ns"]
     cells = [
@@ -162,11 +194,6 @@ def table(rows: Sequence[ConvRow]) -> str:
         ]
         for row in rows
     ]
-    lines = [tabulate(cells, headers, disable_numparse=True, stralign="right")]
-    for count, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
-        ratios = [row.ratio for row in rows if (row.threads, row.batch) == (count, batch)]
-        mean = geometric_mean(ratios)
-        lines.append(
-            f"{count} thread{'s' * (count > 1)}, batch {batch}: geometric mean {mean:.2f}, least {min(ratios):.2f}"
-        )
-    return "\n".join(lines)
+    layers = tabulate(cells, headers, disable_numparse=True, stralign="right")
+    whole = [target.cells() for target in targets(rows, roofline().macs_per_ns)]
+    return f"{layers}\n{tabulate(whole, ['what', 'aim', 'reached', ''], disable_numparse=True)}"

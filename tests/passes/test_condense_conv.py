@@ -56,3 +56,15 @@ def test_leaves_dense_and_transposed_and_unevenly_padded_ones() -> None:
     (skip,) = result.skipped
     assert (skip.layer, skip.reason) == ("2", "'same' padding is uneven")
     assert skip.values == {"kernel": (4,), "dilation": [1]}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_sparse_transposed_convolutions_are_named_and_dense_ones_are_not(dims: int) -> None:
+    kinds: dict[int, type[Any]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+    x = randn(2, 4, *[5] * dims)
+    gm = graph_of(nn.Sequential(_sparse(kinds[dims](4, 6, 3)), kinds[dims](6, 2, 3)), x)
+    found = run(gm, inputs=(x,))
+    assert not found.found
+    (skip,) = found.skipped
+    assert (skip.layer, skip.reason) == ("0", "transposed convolutions stay dense")
+    assert skip.values["shape"] == "x".join(map(str, (4, 6, *[3] * dims)))

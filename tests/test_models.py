@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 import fanin_compile
 from fanin_compile.backend import Compilation, record
-from fanin_compile.bench.models import MAKERS, OneInput, make_model, mask_constant_fan_in, maskable
+from fanin_compile.bench.models import MAKERS, ModelCase, OneInput, make_model, mask_constant_fan_in, maskable
 from tests.compile_support import compiled
 
 pytest.importorskip("transformers")
@@ -101,6 +101,40 @@ def test_the_graph_door_removes_ablated_neurons(name: str) -> None:
     assert sum(t.nbytes for t in condensed.state_dict().values()) < sum(
         t.nbytes for t in model.state_dict().values()
     )
+
+
+# chains of feed-forward layers, one a block, and whether they are gated; T5 has an encoder and a decoder
+CHAINS = {"llama": (2, True), "bert": (2, False), "gpt2": (2, False), "vit": (2, False), "t5": (4, True)}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_feed_forward_layers_are_one_call_a_block(name: str) -> None:
+    count, gated = CHAINS[name]
+    model, x = _gated_t5() if name == "t5" else _case(name, "zeros")
+    with torch.no_grad(), record() as compilations:
+        _assert_as_exact(model, x, compiled(model)(x))
+    (compilation,) = compilations
+    assert compilation.result is not None
+    chain = torch.ops.fanin.gather_matmul_chain.default
+    nodes = list(compilation.result.graph_module.graph.find_nodes(op="call_function", target=chain))
+    assert [node.args[5] for node in nodes].count(gated) == count, compilation.result.skipped
+    assert {node.args[4] for node in nodes if node.args[5] == gated} == {
+        {"llama": "silu", "gpt2": "gelu_tanh", "t5": "gelu_tanh"}.get(name, "gelu")
+    }
+
+
+def _gated_t5() -> tuple[OneInput, Tensor]:
+    """Version 1.1 of T5, its gelu written out."""
+    import transformers
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    torch.manual_seed(0)
+    config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")  # type: ignore[arg-type]
+    model = transformers.T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = torch.randint(2, 99, (2, 9))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :5], "use_cache": False}
+    mask_constant_fan_in(model, 0.9)
+    return OneInput(ModelCase("t5", model, inputs, "logits")).eval(), ids
 
 
 def test_changing_batch_and_length_recompiles_at_most_twice() -> None:

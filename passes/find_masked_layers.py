@@ -3,6 +3,7 @@
     w = mul(weight_orig, mask)                       w = <one constant, evaluated>
     y = linear(x, w, b)                       ->     y = linear(x, w, b)          meta: Layer, CondensedWeight
     y = addmm(b, x, w)  |  x @ w  |  mm(x, w) ->     y = linear(x, w.t(), b)      only if w is sparse
+    y = einsum("...i,oi->...o", x, w)         ->     y = linear(x, w)             only if w is sparse
 
 A weight counts as sparse when its mask or its zeros leave an input of a neuron out. The mask decides what is active: a
 factor of 0s and 1s in the weight's own expression, or one the caller knows of (`ctx.masks`). As the graph must keep its
@@ -134,6 +135,22 @@ def _sites(graph: fx.Graph) -> Iterator[_Site]:
             yield _Site(node, "linear", args[1], args[2], args[0], transposed=True)
         elif node.target in (aten.mm.default, aten.matmul.default) and _rank(args[1]) == 2:
             yield _Site(node, "linear", args[0], args[1], None, transposed=True)
+        elif node.target is aten.einsum.default and len(args[1]) == 2:
+            for x, weight in ((0, 1), (1, 0)):
+                order = _einsum_weight(args[0], x, weight)
+                if order is not None:
+                    yield _Site(node, "linear", args[1][x], args[1][weight], None, transposed=order == "io")
+
+
+def _einsum_weight(equation: str, x: int, weight: int) -> str | None:
+    """ "oi" or "io", the order of the weight's dimensions, if the equation is that of a linear layer's."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    lead, i, o = terms[x][:-1], terms[x][-1:], out[-1:]
+    letters = lead.removeprefix("...") + i + o
+    if not arrow or not letters.isalpha() or len(set(letters)) != len(letters) or out != lead + o:
+        return None
+    return {o + i: "oi", i + o: "io"}.get(terms[weight])
 
 
 def _shape(value: object) -> tuple[object, ...] | None:

@@ -5,7 +5,8 @@
 
 After fold_constant_channels nobody reads an ablated neuron. Tensors that must agree in their channels (both sides of a
 residual add or of a gate, everything in between) form one group: a networkx component. A group with a member that is
-seen whole, such as a graph output, a layer norm or an attention head, stays as it is.
+seen whole, such as a graph output, a layer norm or an attention head, stays as it is. A flatten belongs to it where it
+only drops dimensions of size 1, as after global pooling.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile.channels import BINARY, MAX_POOLS, POINTWISE, SAME_VALUE, SPATIAL_MEANS, channel_dim
 from fanin_compile.condensed import CondensedWeight
@@ -89,7 +91,7 @@ def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
         if CONDENSED in node.meta and (dim := channel_dim(node)) is not None:
             channels[node] = dim
             ties.add_node(node)
-        elif node.target in TRANSPARENT:
+        elif node.target in TRANSPARENT or _flattens_ones(node, channels):
             inputs = [n for n in node.all_input_nodes if n in channels]
             if inputs:
                 channels[node] = channels[inputs[0]]
@@ -111,6 +113,22 @@ def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
         if not reading:
             reasons.append("no layer reads them")
         yield _Group(members, reading, reasons[0] if reasons else "")
+
+
+def _flattens_ones(node: fx.Node, channels: dict[fx.Node, int]) -> bool:
+    """A flatten of the dimensions from the channels on, of which all the others have size 1."""
+    if node.target is not aten.flatten.using_ints or node.args[0] not in channels:
+        return False
+    bound, meta = bind_arguments(node), tensor_meta(node.args[0])
+    if meta is None:
+        return False
+    dim = channels[bound["self"]]
+    start, end = bound["start_dim"] % meta.ndim, bound["end_dim"] % meta.ndim
+    return (
+        start == dim
+        and end >= dim
+        and all(statically_known_true(s == 1) for s in meta.shape[dim + 1 : end + 1])
+    )
 
 
 def _op_name(node: fx.Node) -> str:

@@ -130,7 +130,7 @@ def _gated_t5() -> tuple[OneInput, Tensor]:
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
     torch.manual_seed(0)
     config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")  # type: ignore[arg-type]
-    model = transformers.T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    model = transformers.T5ForConditionalGeneration(config).requires_grad_(False)
     ids = torch.randint(2, 99, (2, 9))
     inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :5], "use_cache": False}
     mask_constant_fan_in(model, 0.9)

@@ -155,3 +155,48 @@ def test_a_weight_made_of_the_input_is_named() -> None:
     result = find_masked_layers(gm, context(gm))
     assert result.found == ()
     assert [s.reason for s in result.skipped] == ["its weight changes inside the graph"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "swapped"),
+    [
+        ("bsi,oi->bso", False),
+        ("bsi,io->bso", False),
+        ("... i, oi -> ...o", False),
+        ("oi,bsi->bso", True),
+        ("io,...i->...o", True),
+    ],
+)
+def test_an_einsum_of_a_linear_layer(equation: str, swapped: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = sparse_weight(32, 64, 6)
+            self.w = nn.Parameter(weight.t().contiguous() if "io" in equation else weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, *((self.w, x) if swapped else (x, self.w)))
+
+    x = randn(2, 5, 64)
+    gm = graph_of(Model(), x)
+    (layer,) = run(gm, inputs=(x,)).found
+    assert (layer.shape, layer.fan_in, layer.batch) == ((32, 64), (6, 6), 10)
+    assert not calls(gm, aten.einsum.default)
+
+
+@pytest.mark.parametrize(
+    "equation", ["bsi,si->bs", "bsi,oi->bos", "bsi,oi->bo", "bsi,oi", "bis,oi->bso", "bbi,oi->bo"]
+)
+def test_other_einsums_stay(equation: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(sparse_weight(8, 8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, self.w)
+
+    x = randn(8, 8, 8)
+    gm = graph_of(Model(), x)
+    assert run(gm, inputs=(x,)).found == ()
+    assert len(calls(gm, aten.einsum.default)) == 1

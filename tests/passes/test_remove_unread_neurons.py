@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fanin_compile.graph import CONDENSED
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
-from tests.compile_support import randn, sparse_linear
+from tests.compile_support import fan_in_mask, randn, sparse_linear
 from tests.passes.support import calls, graph_of, run
 
 aten = torch.ops.aten
@@ -56,6 +56,40 @@ def test_what_is_seen_whole_stays_and_says_so() -> None:
         assert result.rewritten == ()
         assert {(s.layer, s.values["ablated"]) for s in result.skipped} == {("a", 8), ("b", 8)}
         assert all(s.reason.startswith("ablated neurons stay: ") for s in result.skipped)
+
+
+class _Pooled(nn.Module):
+    """A convolution, 4 of its 32 neurons ablated, pooled to `size` and flattened for a linear layer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 32, 3)
+        with torch.no_grad():
+            self.conv.weight.flatten(1).mul_(fan_in_mask(32, 72, 9, ablated=4))
+        self.pool = nn.AdaptiveAvgPool2d(size)
+        self.head = sparse_linear(32 * size**2, 16, 20 * size**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.pool(torch.relu(self.conv(x))).flatten(1))
+        return y
+
+
+def test_neurons_go_through_global_pooling_and_flatten() -> None:
+    x = randn(2, 8, 9, 9)
+    gm = graph_of(_Pooled(1), x)
+    result = run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert [(r.layer, r.detail) for r in result.rewritten] == [("conv", "32 -> 28 neurons")]
+    assert _shapes(gm) == [(16, 28)]
+    (flatten,) = calls(gm, aten.flatten.using_ints)
+    assert tuple(flatten.meta["val"].shape) == (2, 28)
+
+
+def test_a_flatten_of_more_than_one_position_pins_the_channels() -> None:
+    x = randn(2, 8, 9, 9)
+    gm = graph_of(_Pooled(2), x)
+    result = run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert result.rewritten == ()
+    assert ["flatten" in s.reason for s in result.skipped] == [True]
 
 
 def test_a_dense_reader_stays_whole() -> None:

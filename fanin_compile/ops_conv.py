@@ -37,6 +37,7 @@ _library.define("gather_conv" + _ARGUMENTS, tags=(torch.Tag.needs_exact_strides,
 _library.define("gather_conv_reference" + _ARGUMENTS)
 _library.define("gather_conv_with_grad" + _ARGUMENTS)
 _library.define("gather_conv_plan_nbytes() -> int")
+_library.define("gather_conv_scratch_nbytes() -> int")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
@@ -171,6 +172,11 @@ def gather_conv(
 def plan_nbytes() -> int:
     """Bytes of the plans that the native kernels keep for weights still alive; 0 where there are no native kernels."""
     return int(torch.ops.fanin.gather_conv_plan_nbytes()) if native_available() else 0
+
+
+def scratch_nbytes() -> int:
+    """Most bytes of scratch that one thread needs in a call, over the plans kept; 0 without native kernels."""
+    return int(torch.ops.fanin.gather_conv_scratch_nbytes()) if native_available() else 0
 
 
 # ---- registration ----------------------------------------------------------------------------------------

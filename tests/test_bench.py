@@ -37,6 +37,7 @@ def test_quick_run_of_a_whole_model() -> None:
     result = CliRunner().invoke(app, ["bench", "model", "mlp", "--quick", "--ablate", "0.5"])
     assert result.exit_code == 0, result.output
     assert "mlp, 50% ablated" in result.output
+    assert "of the dense" in result.output
 
 
 def test_quick_run_of_the_targets(tmp_path: Path) -> None:
@@ -45,7 +46,9 @@ def test_quick_run_of_the_targets(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     targets = json.loads(file.read_text())["targets"]
     assert f"of {len(targets)} met" in result.output
-    assert all(t["met"] == (t["reached"] >= t["aim"] if t["least"] else t["reached"] <= t["aim"]) for t in targets)
+    assert all(
+        t["met"] == (t["reached"] >= t["aim"] if t["least"] else t["reached"] <= t["aim"]) for t in targets
+    )
     assert {t["unit"] for t in targets} == {"x", "%", "us"}
 
 

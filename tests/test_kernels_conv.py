@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fanin_compile import ops
 from fanin_compile.condensed import CondensedWeight
-from fanin_compile.ops_conv import gather_conv, plan_nbytes
+from fanin_compile.ops_conv import gather_conv, plan_nbytes, scratch_nbytes
 
 from .helpers import assert_close_fp64
 from .strategies import masks, seeds
@@ -271,6 +271,8 @@ def test_plans_are_bounded_and_go_with_their_weight() -> None:
     for size in range(5, 17):
         gather_conv(torch.randn(1, 32, size, size), weight, padding=1)
     assert 0 < plan_nbytes() - before <= 4 * (6 * weight.nnz + 40 * 64 + 4000)
+    # a unit of x in L2, 512 rows of 14 vectors of 16 floats, and padded rows
+    assert 4 * 32 * 16 * 16 <= scratch_nbytes() <= (1 << 20)
     del weight
     assert plan_nbytes() <= before
 

@@ -20,6 +20,7 @@ class BenchResult:
     machine: str
     rows: tuple[Row, ...]
     roofline: Roofline | None = None
+    notes: tuple[str, ...] = ()  # lines under the table
 
     def to_json(self) -> str:
         fields: dict[str, Any] = {"title": self.title, "machine": self.machine}
@@ -46,6 +47,7 @@ class BenchResult:
         if self.roofline is not None:
             lines.append(f"peak of a core: {self.roofline.macs_per_ns:.1f} fp32 multiply-adds per ns")
         lines.append("median microseconds a call; ratio to the fastest dense contender of the same run")
+        lines += self.notes
         return "\n".join(lines)
 
     def _cells(self, row: Row, contenders: Sequence[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
+import torch
 from rich.progress import track
 from torch import Tensor
 
@@ -12,7 +14,10 @@ from fanin_compile.bench.measure import Row, run_case
 from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host
+from fanin_compile.condense import condense
+from fanin_compile.ops_conv import plan_nbytes, scratch_nbytes
 from fanin_compile.report import explain
+from fanin_compile.timing import threads as threads_of
 
 # least ratios aimed at, at 90 % sparsity, by batch
 TARGETS = {
@@ -45,6 +50,7 @@ def bench_model(
     if quick:
         batches, seconds = batches[:1], min(seconds, 0.05)
     rows: list[Row] = []
+    notes: list[str] = []
     for count in threads:
         for batch in track(batches, f"{name}, {count} thread{'s' * (count > 1)}", transient=True):
             case = make_model(name, small=quick, batch=batch)
@@ -63,7 +69,25 @@ def bench_model(
                 target=None if quick or sparsity != 0.9 else TARGETS.get(name, {}).get(batch),
             )
             rows.append(row)
-    return BenchResult(f"whole model {name}", host(), tuple(rows), None)
+            notes.append(f"{count} thread{'s' * (count > 1)}, batch {batch}: {_resident(model, x, count)}")
+    return BenchResult(f"whole model {name}", host(), tuple(rows), None, tuple(notes))
+
+
+def _resident(model: OneInput, x: Tensor, count: int) -> str:
+    """What the condensed model keeps in memory next to the dense one: state, plans of convolutions, their scratch."""
+    gc.collect()  # plans of models that are gone
+    before = plan_nbytes()
+    with threads_of(count), torch.no_grad():
+        condensed = condense(model)
+        condensed(x)
+        plans = plan_nbytes() - before
+        scratch = scratch_nbytes()
+    dense, state = (sum(t.nbytes for t in m.state_dict().values()) for m in (model, condensed))
+    return (
+        f"resident {(state + plans) / 1e6:.1f} MB (state {state / 1e6:.1f}, plans {plans / 1e6:.1f}), "
+        f"{(state + plans) / dense:.0%} of the dense {dense / 1e6:.1f}; "
+        f"convolutions' scratch up to {scratch / 1e6:.2f} MB a thread"
+    )
 
 
 def _useful_macs(model: OneInput, x: Tensor) -> int:

@@ -175,12 +175,24 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _unseen(model: nn.Module, seen: set[str]) -> Iterator[str]:
     """A note for every layer with weights which is in no graph of the call."""
+    # a tied weight is seen under the name of its first module
+    known = {id(p) for name in seen for p in _own_parameters(model, name)}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.RNNBase):
             yield f"{name}: {kind} stays as it is, one operator of torch holds all its weights"
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and name not in seen:
+            if any(id(p) in known for p in module.parameters(recurse=False)):
+                continue
             yield f"{name}: {kind} is in no graph that Dynamo captured, or was not called"
+
+
+def _own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:  # the name of a parameter, or of a further use
+        return iter(())
+    return module.parameters(recurse=False)
 
 
 def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:

@@ -168,6 +168,23 @@ def test_a_weight_used_twice_counts_once() -> None:
     assert report.totals()["bytes_before"] == 64 * 64 * 4
 
 
+def test_a_tied_weight_is_no_layer_that_was_not_called() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 64), sparse_linear(64, 50, 6, bias=False)
+            self.uncalled = nn.Linear(3, 3)
+            self.embed.weight = self.head.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            y: Tensor = self.head(self.embed(i))
+            return y
+
+    report = explain(Tied(), torch.arange(7), options=ALL)
+    assert [layer.name for layer in report.rewritten] == ["embed"]
+    assert report.notes == ("uncalled: Linear is in no graph that Dynamo captured, or was not called",)
+
+
 def test_of_a_compiled_model_and_of_nothing() -> None:
     model = MLP()
     f = compiled(model)

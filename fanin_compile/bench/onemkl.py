@@ -75,7 +75,6 @@ def onemkl(model: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
         _call("mkl_sparse_set_mm_hint", *hint, _LAYOUT_COLUMN_MAJOR, batch, 1000)
     _call("mkl_sparse_optimize", handle)
     y, bias = x.new_empty(batch, rows), model.bias.detach()
-    keep = (start, index, values)  # the handle points into them
     args: list[object]
     if batch == 1:
         run, args = mkl.mkl_sparse_s_mv, [one, handle, _GENERAL, _pointer(x), zero, _pointer(y)]
@@ -85,8 +84,7 @@ def onemkl(model: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
         shape = (_LAYOUT_COLUMN_MAJOR, _pointer(x), batch, columns)
         args = [one, handle, _GENERAL, *shape, zero, _pointer(y), rows]
 
-    def product() -> Tensor:
-        assert keep
+    def product(_pointed_to: object = (start, index, values)) -> Tensor:
         run(_OPERATION_NON_TRANSPOSE, *args)
         return y + bias
 

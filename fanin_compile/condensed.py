@@ -87,7 +87,7 @@ class CondensedWeight:
         columns = where - (rows * dense_fan_in).repeat_interleave(counts, output_size=len(where))
         indices = columns.to(index_dtype(dense_fan_in))
 
-        return cls._of_rows(values, indices, counts, rows, tuple(weight.shape))
+        return cls.of_rows(values, indices, counts, rows, tuple(weight.shape))
 
     @classmethod
     def stack(cls, weights: Sequence[CondensedWeight]) -> CondensedWeight:
@@ -105,10 +105,10 @@ class CondensedWeight:
         shape = (sum(w.out_features for w in weights), *weights[0].shape[1:])
         before = itertools.accumulate((w.out_features for w in weights), initial=0)
         rows = torch.cat([w._rows() + start for w, start in zip(weights, before, strict=False)])
-        return cls._of_rows(values, indices, counts, rows, shape)
+        return cls.of_rows(values, indices, counts, rows, shape)
 
     @classmethod
-    def _of_rows(
+    def of_rows(
         cls, values: Tensor, indices: Tensor, counts: Tensor, rows: Tensor, shape: tuple[int, ...]
     ) -> CondensedWeight:
         """Rows end to end, none of them empty: [nnz] values and columns, [n] fan-ins and output rows."""

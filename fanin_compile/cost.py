@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from fanin_compile import ops, ops_conv, timing  # noqa: F401  (they define the operators called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels import build
-from fanin_compile.packing import Packed, pack
+from fanin_compile.packed import Packed
+from fanin_compile.packing import pack
 from fanin_compile.records import Layer, Skip
 
 Gate = Callable[[Layer], Skip | None]

@@ -22,7 +22,8 @@ from torch.fx.node import map_arg
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
-from fanin_compile.packing import Packed, pack
+from fanin_compile.packed import Packed
+from fanin_compile.packing import pack
 from fanin_compile.records import Layer, Rewrite, Skip
 
 log = logging.getLogger("fanin_compile")

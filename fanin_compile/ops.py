@@ -185,12 +185,18 @@ def require_native() -> None:
     build.load()
 
 
-def _gather_matmul(*args: Any, **kwargs: Any) -> Tensor:
-    """For any device; on CPU it loads the C++ kernel, which outranks it from then on, and calls that."""
-    if args[0].device.type == "cpu" and native_available():
-        y: Tensor = torch.ops.fanin.gather_matmul.default(*args, **kwargs)
-        return y
-    return reference_gather_matmul(*args, **kwargs)
+def until_native(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel of operator `name` for any device: `reference`, but on CPU it loads the C++ kernel, which outranks it
+    from then on, and calls that.
+    """
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        if args[0].device.type == "cpu" and native_available():
+            y: Tensor = getattr(torch.ops.fanin, name).default(*args, **kwargs)
+            return y
+        return reference(*args, **kwargs)
+
+    return kernel
 
 
 class _GatherMatmul(torch.autograd.Function):
@@ -295,7 +301,9 @@ def _fake_dense_to_packed(dense: Tensor, structure: Tensor, entries: int) -> Ten
     return dense.new_empty(entries)
 
 
-_library.impl("gather_matmul", _gather_matmul, "CompositeExplicitAutograd")
+_library.impl(
+    "gather_matmul", until_native("gather_matmul", reference_gather_matmul), "CompositeExplicitAutograd"
+)
 _library.impl("gather_matmul", _with_grad, "Autograd")  # any device; C++ takes AutogradCPU
 _library.impl("gather_matmul_reference", reference_gather_matmul, "CompositeExplicitAutograd")
 _library.impl("gather_matmul_with_grad", _with_grad, "CompositeImplicitAutograd")

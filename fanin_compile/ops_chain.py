@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops import ACTIVATIONS, _gather_matmul_flops, native_available
+from .ops import ACTIVATIONS, _gather_matmul_flops, until_native
 
 _ARGUMENTS = (
     "(Tensor x, Tensor values, Tensor structure, Tensor? bias, str activation, bool gated, "
@@ -101,14 +101,6 @@ def gather_matmul_chain(
     return y
 
 
-def _chain(*args: Any, **kwargs: Any) -> Tensor:
-    """For any device; on CPU it loads the C++ kernel, which outranks it from then on, and calls that."""
-    if args[0].device.type == "cpu" and native_available():
-        y: Tensor = torch.ops.fanin.gather_matmul_chain.default(*args, **kwargs)
-        return y
-    return reference_gather_matmul_chain(*args, **kwargs)
-
-
 def _fake_chain(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out_features = args[9] if len(args) > 9 else kwargs["out_features"]
     return x.new_empty(*x.shape[:-1], out_features)
@@ -129,7 +121,11 @@ def _chain_flops(
     return _gather_matmul_flops(x, values) + _gather_matmul_flops(x, values2)
 
 
-_library.impl("gather_matmul_chain", _chain, "CompositeExplicitAutograd")
+_library.impl(
+    "gather_matmul_chain",
+    until_native("gather_matmul_chain", reference_gather_matmul_chain),
+    "CompositeExplicitAutograd",
+)
 _library.impl(
     "gather_matmul_chain", reference_gather_matmul_chain, "Autograd"
 )  # any device; C++ takes AutogradCPU

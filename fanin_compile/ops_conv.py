@@ -21,7 +21,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
 from .condensed import CondensedWeight
-from .ops import ACTIVATIONS, native_available
+from .ops import ACTIVATIONS, native_available, until_native
 
 aten = torch.ops.aten
 
@@ -182,14 +182,6 @@ def scratch_nbytes() -> int:
 # ---- registration ----------------------------------------------------------------------------------------
 
 
-def _kernel(*args: Any, **kwargs: Any) -> Tensor:
-    """For any device; on CPU it loads the C++ kernel, which outranks it from then on, and calls that."""
-    if args[0].device.type == "cpu" and native_available():
-        y: Tensor = torch.ops.fanin.gather_conv.default(*args, **kwargs)
-        return y
-    return reference_gather_conv(*args, **kwargs)
-
-
 class _GatherConv(torch.autograd.Function):
     """Gradients by x, values, bias and residual, by the dense convolution's with the densified weight."""
 
@@ -288,7 +280,7 @@ def _gather_conv_flops(
     return 2 * math.prod(values) * pixels
 
 
-_library.impl("gather_conv", _kernel, "CompositeExplicitAutograd")
+_library.impl("gather_conv", until_native("gather_conv", reference_gather_conv), "CompositeExplicitAutograd")
 _library.impl("gather_conv", _with_grad, "Autograd")  # any device; C++ takes AutogradCPU
 _library.impl("gather_conv_reference", reference_gather_conv, "CompositeExplicitAutograd")
 _library.impl("gather_conv_with_grad", _with_grad, "CompositeImplicitAutograd")

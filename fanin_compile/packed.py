@@ -134,15 +134,7 @@ def unpack(packed: Packed) -> CondensedWeight:
     columns = (index % max(header.in_, 1)).to(index_dtype(header.in_))
     counts = torch.bincount(index // max(header.in_, 1), minlength=header.out)
     active = counts.nonzero().flatten()
-    counts, n = counts[active], len(active)
-    row_ptr = None
-    if n == 0 or bool((counts == counts[0]).all()):
-        k = len(index) // max(n, 1)
-        values, columns = values.view(n, k), columns.view(n, k)
-    else:
-        row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-    rows = None if n == header.out else active.to(torch.int32)
-    return CondensedWeight(values, columns, row_ptr, rows, (header.out, header.in_))
+    return CondensedWeight.of_rows(values, columns, counts[active], active, (header.out, header.in_))
 
 
 def decode(structure: Tensor) -> tuple[Header, Tensor, Tensor]:

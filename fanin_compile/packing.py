@@ -16,14 +16,12 @@ from .condensed import CondensedWeight
 from .errors import FormatError, OptionError
 from .packed import ALIGNMENT, GROUP_ROWS, HEADER_BYTES, NARROW, PAIR, VERSION, WIDEST, Header, Packed, begins
 
-__all__ = ["Header", "Packed", "default_width", "pack"]
-
-_BLOCK_ROWS = 384  # sums of 24 lanes of a block: 36 KiB
+BLOCK_ROWS = 384  # sums of 24 lanes of a block: 36 KiB
 _MAX_BLOCK_ROWS = 2**15  # a block may be half as tall again, below packed.MAX_HEIGHT
 _WIDTHS = (NARROW, 1023, 4095, 16383, WIDEST)
 _WORTHWHILE = 6  # non-zeros of a row in a chunk, on average, below which a wider chunk pays
 _SLACK = 32  # sizes are rounded up by nnz / _SLACK at most, so that most changes of a mask leave them alone
-_MAX_TILE = 3
+MAX_TILE = 3
 _INT32_MAX = 2**31 - 1
 
 
@@ -40,7 +38,7 @@ def default_width(n: int, in_features: int, nnz: int) -> int:
 
 
 def pack(
-    weight: CondensedWeight, *, width: int | None = None, block_rows: int = _BLOCK_ROWS, tile: int = _MAX_TILE
+    weight: CondensedWeight, *, width: int | None = None, block_rows: int = BLOCK_ROWS, tile: int = MAX_TILE
 ) -> Packed:
     """Put a condensed weight [out, in] into the order of the kernels. unpack() undoes it exactly.
 
@@ -62,7 +60,7 @@ def pack(
         width = default_width(max(weight.n_active, 1), weight.dense_fan_in, weight.nnz)
     _within("width", width, WIDEST)
     _within("block_rows", block_rows, _MAX_BLOCK_ROWS)
-    _within("tile", tile, _MAX_TILE)
+    _within("tile", tile, MAX_TILE)
     grid = _Grid.over(*weight.shape, width, block_rows)
     position, counts = _runs(weight, grid)
     groups = _group(counts, grid)

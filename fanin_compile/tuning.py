@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fanin_compile import ops, timing  # noqa: F401  (ops defines the operator called below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels.variants import VARIANTS, Variant
-from fanin_compile.packing import Packed
+from fanin_compile.packed import Packed
 from fanin_compile.records import Layer, Skip
 
 log = logging.getLogger("fanin_compile")

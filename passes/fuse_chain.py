@@ -40,7 +40,7 @@ from fanin_compile.graph import (
     writes,
 )
 from fanin_compile.packed import Packed, unpack
-from fanin_compile.packing import pack
+from fanin_compile.packing import BLOCK_ROWS, pack
 from fanin_compile.pointwise import CASTS, activation_name, keeps_values
 from fanin_compile.records import Rewrite, Skip
 
@@ -49,7 +49,6 @@ LINEAR = torch.ops.fanin.gather_matmul.default
 CHAIN = torch.ops.fanin.gather_matmul_chain.default
 VIEWS = (aten.view.default, aten.reshape.default)
 PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor)
-_BLOCK_ROWS = 384
 
 
 @dataclass
@@ -237,8 +236,8 @@ def _stack(gm: fx.GraphModule, firsts: list[fx.Node], evaluate: Evaluator) -> It
     bounds = [bind_arguments(node) for node in firsts]
     hidden = bounds[0]["out_features"]
     weight = CondensedWeight.stack([_weight(n, b, evaluate) for n, b in zip(firsts, bounds, strict=True)])
-    # as many blocks for the gates as for their partners, so that no block has rows of both
-    packed = pack(weight, block_rows=max(1, hidden // max(1, round(hidden / _BLOCK_ROWS))))
+    # pack() makes an even number of blocks, but for a single one: no block has rows of gates and of their partners
+    packed = pack(weight, block_rows=max(1, min(BLOCK_ROWS, hidden)))
     bias = None
     if any(b["bias"] is not None for b in bounds):
         zeros = packed.values.new_zeros(hidden)

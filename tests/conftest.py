@@ -1,4 +1,4 @@
-"""Fixtures for tests that compile."""
+"""Fixtures which several test files use."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def dynamo() -> Iterator[None]:
     backend._warn_once.cache_clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads as it was before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,14 +27,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(scope="module", autouse=True)
 def native() -> None:
     assert ops.native_available()
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of threads as it was before."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def random_condensed(out: int, width: int, k: int, *, ragged: bool = False, seed: int = 0) -> CondensedWeight:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(scope="module", autouse=True)
 def native() -> None:
     assert ops.native_available()
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of threads as it was before."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def sparse(out: int, in_features: int, seed: int, *, density: float = 0.2) -> CondensedWeight:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FormatError, OptionError
-from fanin_compile.packed import Header, decode, unpack
-from fanin_compile.packing import Packed, default_width, pack
+from fanin_compile.packed import Header, Packed, decode, unpack
+from fanin_compile.packing import default_width, pack
 from tests.compile_support import sparse_weight
 from tests.strategies import Masked, masked_weights
 

@@ -13,7 +13,7 @@ from fanin_compile import timing, tuning
 from fanin_compile.bench.cases import masked_linear
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels.variants import VARIANTS
-from fanin_compile.packing import Header
+from fanin_compile.packed import Header
 from fanin_compile.records import Layer, Skip
 from tests.helpers import assert_close_fp64
 

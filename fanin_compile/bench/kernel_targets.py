@@ -17,7 +17,7 @@ from fanin_compile import ops, timing
 from fanin_compile.bench.cases import LinearCase, build, masked_linear
 from fanin_compile.bench.contenders import CONTENDERS, DENSE, csr, gather_tensor_ops
 from fanin_compile.bench.linear import PAIRS, target
-from fanin_compile.bench.measure import nnz_of, run_case
+from fanin_compile.bench.measure import nnz_of, packed_nbytes, run_case
 from fanin_compile.bench.onemkl import onemkl
 from fanin_compile.bench.output import Target
 from fanin_compile.bench.roofline import roofline
@@ -74,13 +74,13 @@ def _layer(layer: tuple[int, int], batch: int) -> tuple[nn.Linear, Tensor, Run]:
     generator = torch.Generator().manual_seed(0)
     out, fan_in = layer
     model = masked_linear(fan_in, out, 0.9, generator)
-    packed = pack(CondensedWeight.from_dense(model.weight))
-    x, bias = torch.randn(batch, fan_in, generator=generator), model.bias.detach()
+    x = torch.randn(batch, fan_in, generator=generator)
+    return model, x, _operator(CondensedWeight.from_dense(model.weight), x, model.bias.detach())
 
-    def run() -> Tensor:
-        return ops.gather_matmul(x, packed.values, packed.structure, bias, out)
 
-    return model, x, run
+def _operator(weight: CondensedWeight, x: Tensor, bias: Tensor) -> Run:
+    packed = pack(weight)
+    return lambda: ops.gather_matmul(x, packed.values, packed.structure, bias, weight.out_features)
 
 
 def _name(layer: tuple[int, int]) -> str:
@@ -93,9 +93,9 @@ def shares(layers: Sequence[tuple[int, int]], seconds: float) -> Iterator[Target
     with timing.threads(1):
         for layer in layers:
             model, _, run = _layer(layer, 1)
-            packed = pack(CondensedWeight.from_dense(model.weight))
+            nbytes = packed_nbytes(model)
             (t,) = timing.interleaved([run], seconds)
-            share = packed.nbytes / t.median / limit.stream(packed.nbytes)
+            share = nbytes / t.median / limit.stream(nbytes)
             yield Target(f"{_name(layer)}, batch 1: of the streaming bound", 60, 100 * share, "%")
             for batch in (32, 256):
                 model, _, run = _layer(layer, batch)
@@ -158,8 +158,7 @@ def scaling(layers: Sequence[tuple[int, int]], threads: Sequence[int], seconds: 
 def memory(layers: Sequence[tuple[int, int]]) -> Iterator[Target]:
     for layer in layers:
         model, _, _ = _layer(layer, 1)
-        packed = pack(CondensedWeight.from_dense(model.weight))
-        share = 100 * packed.nbytes / model.weight.nbytes
+        share = 100 * packed_nbytes(model) / model.weight.nbytes
         yield Target(f"{_name(layer)}: bytes of the dense weight's", 15.1, share, "%", least=False)
 
 
@@ -194,8 +193,7 @@ def _random(mask: Tensor) -> CondensedWeight:
 
 
 def _on(weight: CondensedWeight, batch: int, layer: tuple[int, int]) -> Run:
-    packed, x, bias = pack(weight), torch.randn(batch, layer[1]), torch.zeros(layer[0])
-    return lambda: ops.gather_matmul(x, packed.values, packed.structure, bias, layer[0])
+    return _operator(weight, torch.randn(batch, layer[1]), torch.zeros(layer[0]))
 
 
 def _all(runs: Sequence[Run]) -> None:

@@ -23,7 +23,6 @@ struct Segment {
 // The structure of a packed weight, as packing.py writes it: this header, then three arrays at the offsets it names.
 struct Structure {
   static constexpr int64_t kVersion = 0x0fa10003;
-  static constexpr int64_t kGroupRows = 4;
   int64_t version, bytes;       // bytes of all of it
   int64_t out, in, nnz;
   int64_t width, column_bytes;  // columns of a chunk, and the size of a column's number inside it

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..condensed import CondensedWeight
 from ..packed import Packed
-from ..packing import pack
+from ..packing import BLOCK_ROWS, MAX_TILE, pack
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Variant:
     name: str
     why: str
     width: int | None = None
-    block_rows: int = 384
-    tile: int = 3
+    block_rows: int = BLOCK_ROWS
+    tile: int = MAX_TILE
 
     def pack(self, weight: CondensedWeight) -> Packed:
         return pack(weight, width=self.width, block_rows=self.block_rows, tile=self.tile)

@@ -70,14 +70,16 @@ def test_control_flow_stays_the_models_own() -> None:
     model, x = _Untraceable(), randn(5, 64)
     condensed = condense(model)
     assert [type(layer) for layer in condensed.layers] == [CondensedLinear] * 3  # type: ignore[union-attr]
-    torch.testing.assert_close(condensed(x), model(x))
+    expected = copy.deepcopy(model).double()(x.double())
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(condensed(x).double(), expected, rtol=0, atol=1e-5 * scale)
 
 
 def test_gather_matmuls_show_in_an_fx_graph() -> None:
     traced = fx.symbolic_trace(condense(MLP()))
     targets = [node.target for node in traced.graph.nodes]
     assert targets.count(torch.ops.fanin.gather_matmul) == 2
-    torch.testing.assert_close(traced(randn(5, 64)), MLP()(randn(5, 64)))
+    assert_equals_dense(traced(randn(5, 64)), MLP(), randn(5, 64))
     exported = torch.export.export(condense(MLP()), (randn(5, 64),))
     ops = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     assert ops.count(torch.ops.fanin.gather_matmul.default) == 2
@@ -101,8 +103,10 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_after_a_forward_with_gradients() -> None:
     model, x = MLP(), randn(5, 64)
     prune.l1_unstructured(model.a, "weight", 0.9)
-    y = model(x)  # leaves a non-leaf .weight, which deepcopy refuses
-    torch.testing.assert_close(condense(model)(x), y)
+    model(x)  # leaves a non-leaf .weight, which deepcopy refuses
+    y = condense(model)(x)
+    prune.remove(model.a, "weight")
+    assert_equals_dense(y, model, x)
 
 
 def test_flags_and_hooks_are_carried() -> None:
@@ -113,7 +117,8 @@ def test_flags_and_hooks_are_carried() -> None:
     model.a.register_forward_hook(lambda module, args, kwargs, y: y * 2, with_kwargs=True)
     condensed = condense(model)
     assert seen == []
-    torch.testing.assert_close(condensed(x), model(x))
+    x = x.double()
+    torch.testing.assert_close(condensed(x), model.double()(x))
     assert seen == ["pre", "pre"]
     a, b = condensed.a, condensed.b
     assert isinstance(a, CondensedLinear)
@@ -164,7 +169,7 @@ def test_state_dict_shrinks_and_travels() -> None:
             other = condense(nn.Sequential(sparse_linear(512, 512, 7), nn.ReLU(), sparse_linear(512, 10, 9)))
             other.load_state_dict(state, assign=assign)
             assert torch.equal(other(x), condensed(x))
-    torch.testing.assert_close(condensed(x), model(x))
+    assert_equals_dense(condensed(x), model, x)
 
 
 def test_twice_is_once() -> None:
@@ -180,8 +185,9 @@ def test_masks_and_filter_of_the_caller() -> None:
     masks = {"0": fan_in_mask(32, 64, 6), "1.weight": fan_in_mask(16, 32, 3)}
     condensed = condense(model, masks=masks, filter_fn=lambda module, name: name != "1")
     assert [type(m) for m in condensed] == [CondensedLinear, nn.Linear]  # type: ignore[attr-defined]
-    expected = F.linear(x, model[0].weight * masks["0"], model[0].bias)
-    torch.testing.assert_close(condensed[0](x), expected)  # type: ignore[index]
+    with torch.no_grad():
+        model[0].weight *= masks["0"]
+    assert_equals_dense(condensed[0](x), model[0], x)  # type: ignore[index]
 
 
 def test_values_dtype() -> None:

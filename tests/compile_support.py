@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fanin_compile.backend import Compilation, record
-from tests.helpers import assert_close_fp64
+from tests.helpers import assert_close_at_scale, assert_close_fp64
 
 # No fallback may hide a failure, and every masked layer is rewritten however small.
 STRICT: dict[str, Any] = {"strict": True, "cost_gate": False}
@@ -82,6 +83,18 @@ def assert_equals_dense(actual: Tensor, dense: nn.Module, x: Tensor, *, k: int =
             parameter.abs_()
         magnitude = exact(x.double().abs())
     assert_close_fp64(actual, expected, magnitude, k=k)
+
+
+def in_fp64(tree: Any) -> Any:
+    """A copy of a tree with its floating tensors in fp64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().double() if t.is_floating_point() else t, tree)
+
+
+def assert_equals_model(actual: Any, model: nn.Module, *inputs: Any, share: float = 1e-5) -> None:
+    """`actual`, a tensor or a tree, is what `model` computes of the inputs in fp64, by assert_close_at_scale."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(*in_fp64(inputs))
+    assert_close_at_scale(actual, exact, share=share)
 
 
 def rewritten(compilations: list[Compilation]) -> list[set[str]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def assert_close_fp64(
@@ -38,3 +41,25 @@ def assert_close_fp64(
     assert worst <= 1.0, (
         f"error is {worst:.2f} times the bound of {k} products in fp32 stored as {actual.dtype}"
     )
+
+
+def assert_close_at_scale(actual: Any, exact: Any, *, share: float = 1e-5) -> None:
+    """Trees of tensors; each element of a floating one lies within `share` of the largest of its tensor, others equal.
+
+    For whole models, where no bound of each element is at hand. Elements near 0 come about by cancellation, so that a
+    tolerance relative to the element itself holds on one CPU and fails on the next; relative to the largest element,
+    fp32 sums of a few hundred terms through a few layers stay below 1e-5 in any order, and one wrong weight does not.
+
+    Args:
+        exact: the same tree in fp64, or in the dtypes of `actual`, which are compared then.
+    """
+    mine, theirs = pytree.tree_leaves(actual), pytree.tree_leaves(exact)
+    assert len(mine) == len(theirs), f"{len(mine)} outputs, expected {len(theirs)}"
+    for a, e in zip(mine, theirs, strict=True):
+        if not isinstance(e, Tensor) or not e.is_floating_point():
+            torch.testing.assert_close(a, e, rtol=0, atol=0)
+            continue
+        assert a.shape == e.shape, f"shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+        assert e.dtype in (a.dtype, torch.float64), f"{a.dtype}, expected {e.dtype}"
+        scale = float(e.abs().max()) if e.numel() else 0.0
+        torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=share * scale)

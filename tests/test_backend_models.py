@@ -18,29 +18,32 @@ from tests.compile_support import (
     MLP,
     any_type,
     assert_equals_dense,
+    assert_equals_model,
     compiled,
     fan_in_mask,
+    in_fp64,
     randn,
     recorded,
     rewritten,
     sparse_linear,
     sparse_weight,
 )
+from tests.helpers import assert_close_at_scale
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def _same(model: nn.Module, *inputs: Tensor, calls: int = 2, **kwargs: Any) -> list[PipelineResult]:
-    """Run `model` compiled and an eager copy of it side by side: equal outputs, inputs and buffers after each call."""
-    eager = copy.deepcopy(model)
+    """Run `model` compiled and a copy of it in fp64 side by side: equal outputs, inputs and buffers after each call."""
+    eager = copy.deepcopy(model).double()
     f = compiled(model, **kwargs)
     with recorded() as compilations:
         for _ in range(calls):
-            mine, theirs = ([x.clone() for x in inputs] for _ in range(2))
-            torch.testing.assert_close(f(*mine), eager(*theirs), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(mine, theirs)
-            buffers = (dict(m.named_buffers()) for m in (model, eager))
-            torch.testing.assert_close(*buffers, rtol=1e-4, atol=1e-5)
+            mine = [x.clone() for x in inputs]
+            theirs = [x.clone() for x in in_fp64(inputs)]
+            assert_close_at_scale(f(*mine), eager(*theirs))
+            assert_close_at_scale(mine, theirs)
+            assert_close_at_scale(*(dict(m.named_buffers()) for m in (model, eager)))
     results = [c.result for c in compilations]
     assert None not in results, compilations
     return [result for result in results if result is not None]
@@ -142,10 +145,10 @@ def test_a_weight_tied_to_an_embedding_and_returned() -> None:
     f = compiled(model)
     with recorded() as compilations:
         y, weight = f(i)
-        torch.testing.assert_close(y, model(i)[0])
+        assert_equals_model((y, weight), model, i)
         assert weight is model.head.weight
         model.embed.weight.mul_(2.0)
-        torch.testing.assert_close(f(i)[0], model(i)[0])
+        assert_equals_model(f(i), model, i)
     assert len(compilations[0].rewritten_layers) == 1
 
 
@@ -172,7 +175,7 @@ def test_modules_under_two_names_and_nested() -> None:
     assert len(_layers(_same(model, x))) == 3
     condensed = fanin_compile.condense(model)
     assert condensed[0] is condensed[1][0]  # type: ignore[index]
-    torch.testing.assert_close(condensed(x), model(x))
+    assert_equals_model(condensed(x), model, x)
 
 
 def test_graph_breaks() -> None:
@@ -217,7 +220,8 @@ def test_autocast_gives_the_dtype_of_eager(where: str) -> None:
     x = randn(5, 64)
     f = compiled(model)
     with recorded() as compilations, torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
-        torch.testing.assert_close(f(x), model(x))  # dtypes are compared, too
+        # dtypes are compared, too; the last bits of bfloat16 are the kernels' own
+        assert_close_at_scale(f(x), model(x), share=2**-6)
     if where == "inside":
         assert "torch.autocast is switched within the graph" in compilations[0].untouched
 
@@ -260,9 +264,9 @@ def test_a_model_made_in_inference_mode_is_left_with_the_reason() -> None:
         f = torch.compile(model, backend="fanin", options={"cost_gate": False})
         with pytest.warns(UserWarning, match="made in inference mode, so changes are not counted"):
             y = f(x)
-        torch.testing.assert_close(y, model(x))
+        assert_equals_model(y, model, x)
         model.a.weight.mul_(2.0)
-        torch.testing.assert_close(f(x), model(x))
+        assert_equals_model(f(x), model, x)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -305,7 +309,7 @@ def test_forward_hooks_run() -> None:
     model, x = MLP(), randn(5, 64)
     model.a.register_forward_hook(_doubled)
     with recorded() as compilations:
-        torch.testing.assert_close(compiled(model)(x), model(x))
+        assert_equals_model(compiled(model)(x), model, x)
     assert rewritten(compilations) == [{"a", "b"}]
 
 
@@ -330,7 +334,7 @@ def test_a_checkpointed_part_is_left_with_a_warning() -> None:
     model, x = Model(), randn(5, 64)
     f = torch.compile(model, backend="fanin", options={"cost_gate": False})
     with torch.no_grad(), pytest.warns(UserWarning, match="left a graph untouched"):
-        assert torch.allclose(f(x), model(x))
+        assert_equals_model(f(x), model, x)
 
 
 def test_the_model_as_part_of_a_compiled_function() -> None:
@@ -342,9 +346,9 @@ def test_the_model_as_part_of_a_compiled_function() -> None:
         return y
 
     with recorded() as compilations:
-        torch.testing.assert_close(step(x), model(x).softmax(-1))
+        assert_equals_model(step(x), nn.Sequential(model, nn.Softmax(-1)), x)
         model.a.weight.mul_(2.0)
-        torch.testing.assert_close(step(x), model(x).softmax(-1))
+        assert_equals_model(step(x), nn.Sequential(model, nn.Softmax(-1)), x)
     assert rewritten(compilations) == [{"a", "b"}]
 
 

@@ -14,7 +14,16 @@ from fanin_compile import FormatError
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.layers import CondensedConv, CondensedLinear
 from fanin_compile.packed import Packed, decode, unpack
-from tests.compile_support import compiled, fan_in_mask, randn, recorded, sparse_weight
+from tests.compile_support import (
+    assert_equals_model,
+    compiled,
+    fan_in_mask,
+    in_fp64,
+    randn,
+    recorded,
+    sparse_weight,
+)
+from tests.helpers import assert_close_at_scale
 
 
 def _linear(
@@ -43,9 +52,9 @@ def test_prints_what_it_holds() -> None:
 
 def test_the_weight_is_there_for_code_that_reads_it() -> None:
     layer = _linear(ablated=2)
-    torch.testing.assert_close(
-        layer(randn(3, 64)), nn.functional.linear(randn(3, 64), layer.weight, layer.bias)
-    )
+    assert layer.bias is not None
+    exact = nn.functional.linear(*in_fp64((randn(3, 64), layer.weight, layer.bias)))
+    assert_close_at_scale(layer(randn(3, 64)), exact)
     assert (layer.in_features, layer.out_features) == (64, 32)
 
 
@@ -78,7 +87,7 @@ def test_a_compiled_layer_follows_a_checkpoint_of_another_structure() -> None:
         f(x)
         for other in STRUCTURES.values():
             layer.load_state_dict(other.state_dict())
-            torch.testing.assert_close(f(x), other(x))
+            assert_equals_model(f(x), other, x)
 
 
 def _damaged(layer: CondensedLinear, part: str) -> Tensor:
@@ -184,20 +193,19 @@ def test_autocast_computes_and_returns_its_dtype(grad: bool) -> None:
 def test_gradients_equal_those_of_the_masked_dense_layer(batch: int) -> None:
     condensed = STRUCTURES["ragged"].condensed
     layer = CondensedLinear(condensed, randn(32).requires_grad_(), requires_grad=True)
-    dense = nn.Linear(64, 32)
+    dense = nn.Linear(64, 32, dtype=torch.float64)
     assert layer.bias is not None
     with torch.no_grad():
         dense.weight.copy_(layer.weight)
         dense.bias.copy_(layer.bias)
-    x, z = randn(batch, 64).requires_grad_(), randn(batch, 64).requires_grad_()
+    x, z = randn(batch, 64).requires_grad_(), randn(batch, 64).double().requires_grad_()
     layer(x).square().sum().backward()
     dense(z).square().sum().backward()
-    torch.testing.assert_close(x.grad, z.grad)
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    assert_close_at_scale([x.grad, layer.bias.grad], [z.grad, dense.bias.grad])
     assert layer.values.grad is not None
     assert dense.weight.grad is not None
     by_weight = unpack(Packed(layer.values.grad, layer.structure)).to_dense()
-    torch.testing.assert_close(by_weight, dense.weight.grad * condensed.mask())
+    assert_close_at_scale(by_weight, dense.weight.grad * condensed.mask())
 
 
 def test_a_frozen_layer_wants_no_gradient() -> None:
@@ -206,7 +214,7 @@ def test_a_frozen_layer_wants_no_gradient() -> None:
     assert not layer(randn(5, 64)).requires_grad
     x = randn(5, 64).requires_grad_()
     layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(5, 64))
+    assert_close_at_scale(x.grad, layer.weight.double().sum(0).expand(5, 64))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -234,5 +242,5 @@ def test_training_keeps_the_structure(weight_decay: float) -> None:
 def test_a_convolution_prints_its_geometry() -> None:
     layer = _conv()
     assert repr(layer).endswith("bias=False, stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2)")
-    expected = nn.functional.conv2d(randn(2, 8, 9, 9), layer.weight, None, 2, 1, 1, 2)
-    torch.testing.assert_close(layer(randn(2, 8, 9, 9)), expected)
+    exact = nn.functional.conv2d(*in_fp64((randn(2, 8, 9, 9), layer.weight)), None, 2, 1, 1, 2)
+    assert_close_at_scale(layer(randn(2, 8, 9, 9)), exact)

@@ -180,11 +180,16 @@ def _uneven(module: nn.Module) -> bool:
 
 
 def _computes_plain_layer(module: nn.Module, masked: MaskedWeight) -> bool:
-    """Whether the module's forward is the plain layer's with the masked weight: by type, else on a random input."""
+    """Whether the module's forward is the plain layer's: by type, else on a random input.
+
+    Of its own weight, with or without the masks it carries; it knows nothing of those a caller gives.
+    """
     if type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
         return True
     bias = _bias(module)
-    weight = masked.weight
+    own = find_masked_weight(module, masked.name)
+    assert own is not None
+    weight = own.weight
     generator = torch.Generator().manual_seed(0)
     spatial = tuple(4 * k for k in weight.shape[2:])
     fan_in = weight.shape[0] if masked.transposed else weight.shape[1] * int(getattr(module, "groups", 1))
@@ -192,15 +197,14 @@ def _computes_plain_layer(module: nn.Module, masked: MaskedWeight) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _only_pruning_hooks(module):
             got = module.forward(x)
-            plain = _plain(module, x, weight, bias, masked.transposed)
+            stored = getattr(module, masked.name).detach()
+            plain = [_plain(module, x, w, bias, masked.transposed) for w in (weight, stored)]
     except Exception as error:  # someone else's forward may raise anything on an input it did not expect
         log.info("probing a %s raised %s: %s", type(module).__qualname__, type(error).__name__, error)
         return False
     tolerance = 8 * math.sqrt(max(fan_in, 1)) * torch.finfo(weight.dtype).eps
-    return (
-        isinstance(got, Tensor)
-        and got.shape == plain.shape
-        and torch.allclose(got, plain, tolerance, tolerance)
+    return isinstance(got, Tensor) and any(
+        got.shape == y.shape and torch.allclose(got, y, tolerance, tolerance) for y in plain
     )
 
 

@@ -242,5 +242,6 @@ def test_training_keeps_the_structure(weight_decay: float) -> None:
 def test_a_convolution_prints_its_geometry() -> None:
     layer = _conv()
     assert repr(layer).endswith("bias=False, stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2)")
-    exact = nn.functional.conv2d(*in_fp64((randn(2, 8, 9, 9), layer.weight)), None, 2, 1, 1, 2)
+    x, weight = in_fp64((randn(2, 8, 9, 9), layer.weight))
+    exact = nn.functional.conv2d(x, weight, None, 2, 1, 1, 2)
     assert_close_at_scale(layer(randn(2, 8, 9, 9)), exact)

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from fanin_compile.graph import (
     Gate,
     PipelineResult,
     attr_tensor,
-    pack_by_default,
     run_pipeline,
 )
 from fanin_compile.kernels import build
@@ -47,7 +46,7 @@ from fanin_compile.mask import find_masked_weight
 from fanin_compile.options import Options
 from fanin_compile.passes import PIPELINE
 from fanin_compile.records import Skip
-from fanin_compile.tuning import tuned_pack
+from fanin_compile.tuning import tuned_gate, tuned_pack
 
 log = logging.getLogger("fanin_compile")
 
@@ -190,8 +189,9 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             # the other sources are factors in the graph, or no mask at all
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
-    packer = tuned_pack if settings.max_autotune else pack_by_default
-    ctx = Context(_gate(settings, nbytes), masks, names, settings.values_dtype, pack=packer)
+    ctx = Context(_gate(settings, nbytes), masks, names, settings.values_dtype)
+    if settings.max_autotune:
+        ctx = replace(ctx, pack=tuned_pack, pack_gate=tuned_gate)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)
 
 

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
 from fanin_compile.packed import Packed
-from fanin_compile.packing import pack
+from fanin_compile.packing import gate_rows, pack
 from fanin_compile.records import Layer, Rewrite, Skip
 
 log = logging.getLogger("fanin_compile")
@@ -57,6 +57,20 @@ def pack_by_default(weight: CondensedWeight, layer: Layer) -> tuple[Packed, str]
     return pack(weight), ""
 
 
+class GatePacker(Protocol):
+    """Packs a gate and its partner, one weight [2 * hidden, in], for a chain with `second`; says how, if at all."""
+
+    def __call__(
+        self, gate: CondensedWeight, second: Packed, activation: str, batch: int, /
+    ) -> tuple[Packed, str]: ...
+
+
+def pack_gate_by_default(
+    gate: CondensedWeight, second: Packed, activation: str, batch: int
+) -> tuple[Packed, str]:
+    return pack(gate, block_rows=gate_rows(gate)), ""
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may know beyond the graph.
@@ -67,7 +81,7 @@ class Context:
             outside the mask is active as well.
         names: get_attr target -> the layer's name in reports.
         values_dtype: of condensed values; None keeps the weight's.
-        pack: how linear weights are packed, by default or as measured (tuning.py).
+        pack, pack_gate: how linear weights are packed, by default or as measured (tuning.py).
     """
 
     gate: Gate
@@ -76,6 +90,7 @@ class Context:
     values_dtype: torch.dtype | None = None
     masks_decide: bool = False
     pack: Packer = pack_by_default
+    pack_gate: GatePacker = pack_gate_by_default
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

@@ -79,6 +79,14 @@ def pack(
     return Packed(values, structure.to(device))
 
 
+def gate_rows(gate: CondensedWeight, block_rows: int = BLOCK_ROWS) -> int:
+    """pack()'s block_rows such that no block has rows of gates and of their partners.
+
+    It makes an even number of blocks, but a single one of a weight lower than half of a block.
+    """
+    return max(1, min(block_rows, gate.shape[0] // 2))
+
+
 def _within(name: str, value: int, most: int) -> None:
     if not 1 <= value <= most:
         raise OptionError(f"{name} is {value}, expected 1 to {most}")

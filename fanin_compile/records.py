@@ -50,6 +50,7 @@ class Rewrite:
     bytes: int | None = None  # of the constants which replace the dense weight; None: it was not replaced
     macs: int | None = None  # multiply-adds of one call from then on; None with bytes
     detail: str = ""
+    stored: int | None = None  # bytes from then on, if a later pass stores its weight anew
 
 
 @dataclass(frozen=True)

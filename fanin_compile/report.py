@@ -204,6 +204,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
         became = next((r for r in done if r.bytes is not None), None)
         fused = [r.detail for r in done if r.became == "epilogue"]
         chained = [f", {r.detail}" for r in done if r.became == "chain"]
+        stored = next((r.stored for r in done if r.stored is not None), became and became.bytes)
         refused = reasons.get(layer.name, [])
         yield LayerReport(
             name=layer.name,
@@ -214,7 +215,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             ablated=layer.ablated,
             bytes_before=layer.dense_bytes,
             # as in dense_bytes, a weight counts once
-            bytes_after=became.bytes if became and became.bytes and layer.dense_bytes else layer.dense_bytes,
+            bytes_after=stored if stored and layer.dense_bytes else layer.dense_bytes,
             macs_before=layer.dense_macs,
             macs_after=layer.dense_macs if became is None else became.macs,
             became="dense" if became is None else " ".join([became.became, *fused]) + "".join(chained),
@@ -222,6 +223,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             changes=(
                 *(r.detail for r in done if r.became in ("activation", "folded", "narrowed")),
                 *([became.detail] if became is not None and became.detail else ()),
+                *(r.detail for r in done if r.became == "tuned"),
                 *(refused if became is not None else refused[:-1]),
             ),
         )

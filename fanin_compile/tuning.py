@@ -1,5 +1,7 @@
 """max_autotune: a linear layer's form is chosen by measuring it, with its own mask at its own batch size.
 
+A gate and its partner, which become one weight of a chain, are chosen anew by measuring the whole chain.
+
 The cost gate (cost.py) estimates from the host's rates in no time; this times every variant of the table
 (kernels/variants.py) and the dense layer, interleaved, about 0.3 s for each distinct layer, batch size and number of
 threads. Layers alike are measured once, so that packing changed weights anew comes to the same choice.
@@ -7,17 +9,20 @@ threads. Layers alike are measured once, so that packing changed weights anew co
 
 from __future__ import annotations
 
+import functools
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fanin_compile import ops, timing  # noqa: F401  (ops defines the operator called below)
+from fanin_compile import ops_chain, timing  # noqa: F401  (ops_chain and ops, which it imports, define the operators)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels.variants import VARIANTS, Variant
-from fanin_compile.packed import Packed
+from fanin_compile.packed import Header, Packed
+from fanin_compile.packing import gate_rows, pack
 from fanin_compile.records import Layer, Skip
 
 log = logging.getLogger("fanin_compile")
@@ -28,15 +33,16 @@ _CHUNK = 4096  # batch rows measured at most: beyond, the work is proportional
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured of one layer: microseconds by the variant's name, and of the dense layer."""
+    """What was measured of one layer or chain: microseconds by the variant's name, and of the dense layer."""
 
     variant: Variant
     times: dict[str, float]
-    dense: float
+    dense: float | None = None  # not measured of a chain, whose layers were each found faster
 
     def __str__(self) -> str:
-        measured = ", ".join(f"{name} {us:.0f}" for name, us in self.times.items())
-        return f"variant {self.variant.name} (us: {measured}, dense {self.dense:.0f})"
+        measured = [f"{name} {us:.0f}" for name, us in self.times.items()]
+        measured += [] if self.dense is None else [f"dense {self.dense:.0f}"]
+        return f"variant {self.variant.name} (us: {', '.join(measured)})"
 
 
 _choices: dict[tuple[object, ...], Choice] = {}
@@ -46,10 +52,48 @@ def tuned_pack(weight: CondensedWeight, layer: Layer) -> tuple[Packed, str] | Sk
     """Pack a linear layer in its fastest variant and say which; a Skip if dense was measured to be faster still."""
     choice = choose(weight, layer.batch)
     best = choice.times[choice.variant.name]
+    assert choice.dense is not None
     if best >= choice.dense:
         values = {"batch": layer.batch, "dense": f"{choice.dense:.0f} us", "condensed": f"{best:.0f} us"}
         return Skip(layer.name, "dense was measured to be faster", values)
     return choice.variant.pack(weight), str(choice)
+
+
+def tuned_gate(gate: CondensedWeight, second: Packed, activation: str, batch: int) -> tuple[Packed, str]:
+    """Pack a gate and its partner, one weight [2 * hidden, in], in the variant in which their chain is fastest.
+
+    The number of vectors of a tile is a chain's own choice, so variants that differ in nothing else are left out.
+    """
+    batch = max(1, min(batch, _CHUNK))
+    sizes = (*gate.shape, gate.nnz, *second.values.shape, activation)
+    key = ("gate", *sizes, gate.values.dtype, batch, torch.get_num_threads())
+    if key not in _choices:
+        _choices[key] = _measure_gate(gate, second, activation, batch)
+        log.info("max_autotune: chain of %s at batch %d: %s", gate, batch, _choices[key])
+    choice = _choices[key]
+    return _pack_gate(gate, choice.variant), str(choice)
+
+
+def _pack_gate(gate: CondensedWeight, variant: Variant) -> Packed:
+    return pack(gate, width=variant.width, block_rows=gate_rows(gate, variant.block_rows), tile=variant.tile)
+
+
+def _measure_gate(gate: CondensedWeight, second: Packed, activation: str, batch: int) -> Choice:
+    x = _input(gate, batch)
+    header = Header.read(second.structure)
+    variants = [v for v in VARIANTS if v.tile == VARIANTS[0].tile]
+
+    def run(p: Packed) -> Tensor:
+        y: Tensor = torch.ops.fanin.gather_matmul_chain(
+            *(x, p.values, p.structure, None, activation, True, second.values, second.structure, None),
+            *(header.in_, header.out),
+        )
+        return y
+
+    with torch.inference_mode(False):
+        packed = [_pack_gate(gate, variant) for variant in variants]
+        timings = timing.interleaved([functools.partial(run, p) for p in packed], SECONDS)
+    return _fastest(variants, [t.least / 1e3 for t in timings])
 
 
 def choose(weight: CondensedWeight, batch: int) -> Choice:
@@ -63,10 +107,7 @@ def choose(weight: CondensedWeight, batch: int) -> Choice:
 
 
 def _measure(weight: CondensedWeight, batch: int) -> Choice:
-    generator = torch.Generator().manual_seed(0)
-    out, in_features = weight.shape
-    x = torch.randn(batch, in_features, generator=generator).to(weight.values.dtype)
-    dense = weight.to_dense()
+    out, x, dense = weight.shape[0], _input(weight, batch), weight.to_dense()
     packed = [variant.pack(weight) for variant in VARIANTS]
 
     def run(p: Packed) -> Tensor:
@@ -78,8 +119,17 @@ def _measure(weight: CondensedWeight, batch: int) -> Choice:
         timings = timing.interleaved([lambda: F.linear(x, dense), *condensed], SECONDS)
     # the least: what else the host does meanwhile is not the layer's
     dense_us, *ours = (t.least / 1e3 for t in timings)
-    times = {variant.name: us for variant, us in zip(VARIANTS, ours, strict=True)}
-    best = min(range(len(VARIANTS)), key=lambda i: ours[i])
-    if ours[best] > 0.97 * ours[0]:
-        best = 0  # within noise: the default
-    return Choice(VARIANTS[best], times, dense_us)
+    return replace(_fastest(VARIANTS, ours), dense=dense_us)
+
+
+def _input(weight: CondensedWeight, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, weight.shape[1], generator=generator).to(weight.values.dtype)
+
+
+def _fastest(variants: Sequence[Variant], us: Sequence[float]) -> Choice:
+    """The first, which is the default, where no other is faster by more than noise."""
+    best = min(range(len(us)), key=lambda i: us[i])
+    if us[best] > 0.97 * us[0]:
+        best = 0
+    return Choice(variants[best], {v.name: t for v, t in zip(variants, us, strict=True)})

@@ -15,6 +15,7 @@ batch passes over all weights of a chain, and those of more layers would leave t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +37,11 @@ from fanin_compile.graph import (
     bind_arguments,
     renew_value,
     replace_node,
+    size_hint,
     tensor_meta,
     writes,
 )
 from fanin_compile.packed import Packed, unpack
-from fanin_compile.packing import BLOCK_ROWS, pack
 from fanin_compile.pointwise import CASTS, activation_name, keeps_values
 from fanin_compile.records import Rewrite, Skip
 
@@ -85,7 +86,7 @@ def fuse_chain(gm: fx.GraphModule, ctx: Context) -> PassResult:
                 continue
             factors.sort(key=lambda f: not _is_gate(f))
             firsts = [f.origin for f in factors]
-            refusal = _refuses(trail, factors, second) or _refuses_gated(trail, factors, evaluate)
+            refusal = _refuses(trail, factors, second) or _refuses_gated(trail, factors, second, evaluate)
             activation = factors[0].activation
             trail.nodes += [trail.origin, *factors[0].nodes, *factors[1].nodes]
         elif trail.origin.target is CHAIN and not trail.blocked:
@@ -97,8 +98,11 @@ def fuse_chain(gm: fx.GraphModule, ctx: Context) -> PassResult:
             skipped.append(Skip(name, f"not chained onto {_name(firsts[0], ctx)}: {refusal}"))
             continue
         names = [_name(f, ctx) for f in firsts]
-        _fuse(gm, firsts, second, trail, activation, evaluate)
-        rewritten += [Rewrite(n, "chain", detail=f"chained into {name}") for n in names]
+        stored, how = _fuse(gm, firsts, second, trail, activation, evaluate, ctx)
+        if how:
+            rewritten.append(Rewrite(names[0], "tuned", detail=f"with {names[1]}: {how}"))
+        into = f"chained into {name}"
+        rewritten += [Rewrite(n, "chain", detail=into, stored=s) for n, s in zip(names, stored, strict=True)]
         rewritten.append(Rewrite(name, "chain", detail=f"chained onto {' and '.join(names)}"))
     return PassResult(tuple(rewritten), tuple(skipped))
 
@@ -167,8 +171,9 @@ def _refuses(trail: _Trail, firsts: list[_Trail], second: fx.Node) -> str:
     return ""
 
 
-def _refuses_gated(product: _Trail, factors: list[_Trail], evaluate: Evaluator) -> str:
+def _refuses_gated(product: _Trail, factors: list[_Trail], second: fx.Node, evaluate: Evaluator) -> str:
     gate, up = (bind_arguments(f.origin) for f in factors)
+    last = bind_arguments(second)
     if product.activation != "none" or factors[1].activation != "none" or up["activation"] != "none":
         return "the gate alone may have an activation"
     if any(f.views for f in factors):
@@ -181,6 +186,8 @@ def _refuses_gated(product: _Trail, factors: list[_Trail], evaluate: Evaluator) 
         both = (gate[part], up[part])
         if any(node is not None and not evaluate.is_constant(node) for node in both):
             return f"the {part} of its gate is no constant"
+    if not all(evaluate.is_constant(last[part]) for part in ("values", "structure")):
+        return "its own weight is no constant"
     if any(len(b["values"].users) > 1 for b in (gate, up)):
         return "a weight of the gate serves several calls, stacked it would be stored twice"
     dtypes = {getattr(tensor_meta(b["values"]), "dtype", None) for b in (gate, up)}
@@ -194,17 +201,25 @@ def _fuse(
     trail: _Trail,
     activation: str,
     evaluate: Evaluator,
-) -> None:
+    ctx: Context,
+) -> tuple[list[int | None], str]:
+    """Returns: for each of `firsts`, its bytes if stored anew; and how they were packed, if that was measured."""
     first, last = bind_arguments(firsts[0]), bind_arguments(second)
     gated = len(firsts) == 2
     values, structure, bias = (first[part] for part in ("values", "structure", "bias"))
+    if first["activation"] != "none":
+        activation = first["activation"]
+    stored: list[int | None] = [None] * len(firsts)
+    how = ""
     if gated:
-        values, structure, bias = _stack(gm, firsts, evaluate)
+        weights = [_weight(node, bind_arguments(node), evaluate) for node in firsts]
+        packed, how = _pack(weights, second, activation, evaluate, ctx)
+        values, structure, bias = _stack(gm, firsts, packed, evaluate)
+        share = packed.nbytes * weights[0].nnz // max(1, weights[0].nnz + weights[1].nnz)
+        stored = [share, packed.nbytes - share]
     x = first["x"]
     for view in reversed(trail.views):
         x = _replay(view, x, second)
-    if first["activation"] != "none":
-        activation = first["activation"]
     replace_node(
         second,
         CHAIN,
@@ -215,6 +230,7 @@ def _fuse(
     )
     for node in (*trail.nodes, *firsts):  # none has another user; what works in place would outlive them
         gm.graph.erase_node(node)
+    return stored, how
 
 
 def _replay(view: fx.Node, x: fx.Node, before: fx.Node) -> fx.Node:
@@ -231,13 +247,25 @@ def _replay(view: fx.Node, x: fx.Node, before: fx.Node) -> fx.Node:
     return node
 
 
-def _stack(gm: fx.GraphModule, firsts: list[fx.Node], evaluate: Evaluator) -> Iterator[fx.Node | None]:
+def _pack(
+    weights: list[CondensedWeight], second: fx.Node, activation: str, evaluate: Evaluator, ctx: Context
+) -> tuple[Packed, str]:
+    """Both weights as one, the first one's neurons before the other's."""
+    bound, y = bind_arguments(second), tensor_meta(second)
+    values, structure = evaluate(bound["values"]), evaluate(bound["structure"])
+    assert values is not None
+    assert structure is not None
+    assert y is not None
+    batch = math.prod(size_hint(s) for s in y.shape[:-1])
+    return ctx.pack_gate(CondensedWeight.stack(weights), Packed(values, structure), activation, batch)
+
+
+def _stack(
+    gm: fx.GraphModule, firsts: list[fx.Node], packed: Packed, evaluate: Evaluator
+) -> Iterator[fx.Node | None]:
     """Constant values, structure and bias of both layers as one, the first one's neurons before the other's."""
     bounds = [bind_arguments(node) for node in firsts]
     hidden = bounds[0]["out_features"]
-    weight = CondensedWeight.stack([_weight(n, b, evaluate) for n, b in zip(firsts, bounds, strict=True)])
-    # pack() makes an even number of blocks, but for a single one: no block has rows of gates and of their partners
-    packed = pack(weight, block_rows=max(1, min(BLOCK_ROWS, hidden)))
     bias = None
     if any(b["bias"] is not None for b in bounds):
         zeros = packed.values.new_zeros(hidden)

@@ -10,11 +10,15 @@ from torch import nn
 
 import fanin_compile
 from fanin_compile import timing, tuning
+from fanin_compile.backend import record
 from fanin_compile.bench.cases import masked_linear
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.graph import attr_tensor
 from fanin_compile.kernels.variants import VARIANTS
 from fanin_compile.packed import Header
+from fanin_compile.packing import pack
 from fanin_compile.records import Layer, Skip
+from tests.compile_support import any_type, assert_equals_model
 from tests.helpers import assert_close_fp64
 
 
@@ -120,6 +124,83 @@ def test_the_backend_tunes_and_reports(monkeypatch: pytest.MonkeyPatch, how: dic
     assert calls == [7, 7]
     exact = model.double()(x.double())
     assert_close_fp64(y, exact, exact.abs() + 10, k=20)
+
+
+class Gated(nn.Module):
+    """The feed-forward layer of a Llama, 100 -> 64 -> 100."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.gate, self.up = (masked_linear(100, 64, 0.9, generator) for _ in range(2))
+        self.down = masked_linear(64, 100, 0.9, generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+@pytest.mark.parametrize("fastest", ["default", "short", "wide"])
+def test_a_gated_chain_is_tuned_as_one(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
+    asked: list[int] = []
+
+    def timer(functions: Any, seconds: float) -> list[Any]:
+        asked.append(len(functions))
+        for function in functions:
+            function()
+        if len(functions) == 1 + len(VARIANTS):  # a layer alone: the default, faster than dense
+            us = [200.0, *(100.0 for _ in VARIANTS)]
+        else:
+            us = [50.0 if v.name == fastest else 100.0 for v in VARIANTS if v.tile == VARIANTS[0].tile]
+        return [timing.Timing(1e3 * u, 1e3 * u, 0.0) for u in us]
+
+    monkeypatch.setattr(timing, "interleaved", timer)
+    torch._dynamo.reset()
+    model, x = Gated(), torch.randn(7, 100)
+    with torch.no_grad(), record() as compilations:
+        y = torch.compile(model, backend="fanin", options={"max_autotune": True, "strict": True})(x)
+        assert_equals_model(y, model, x)
+    chains = [n for n in asked if n != 1 + len(VARIANTS)]
+    assert chains == [5]  # two variants differ in the tile alone, which is a chain's own choice
+    (compilation,) = compilations
+    assert compilation.result is not None
+    graph_module = compilation.result.graph_module
+    (node,) = graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.fanin.gather_matmul_chain.default
+    )
+    structure = attr_tensor(graph_module, str(any_type(node.args[2]).target))
+    stack = CondensedWeight.stack([CondensedWeight.from_dense(m.weight) for m in (model.gate, model.up)])
+    variant = next(v for v in VARIANTS if v.name == fastest)
+    expected = pack(stack, width=variant.width, block_rows=64, tile=variant.tile)
+    assert torch.equal(structure, expected.structure)
+    assert f"gate: with up: variant {fastest} (us: default " in str(
+        fanin_compile.explain(model, x, options={"max_autotune": True})
+    )
+    assert chains == [n for n in asked if n != 1 + len(VARIANTS)], "measured twice"
+
+
+@pytest.mark.parametrize("max_autotune", [False, True])
+def test_the_report_counts_the_bytes_of_a_stacked_gate(
+    monkeypatch: pytest.MonkeyPatch, max_autotune: bool
+) -> None:
+    monkeypatch.setattr(tuning, "SECONDS", 0.01)
+    monkeypatch.setattr(
+        tuning, "_measure", lambda w, batch: tuning.Choice(VARIANTS[0], {"default": 1.0}, 2.0)
+    )
+    options = {"max_autotune": max_autotune, "cost_gate": False}
+    model, x = Gated(), torch.randn(7, 100)
+    with torch.no_grad(), record() as compilations:
+        report = fanin_compile.explain(model, x, options=options)
+    (compilation,) = compilations
+    assert compilation.result is not None
+    graph_module = compilation.result.graph_module
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    kept = sum(
+        attr_tensor(graph_module, name).nbytes for name in read if name.endswith(("values", "structure"))
+    )
+    assert {layer.name for layer in report.rewritten} == {"gate", "up", "down"}
+    assert sum(layer.bytes_after for layer in report.layers) == kept
+    assert report.totals()["bytes_after"] == kept
 
 
 def test_explain_names_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ from fanin_compile.tuning import tuned_gate, tuned_pack
 
 log = logging.getLogger("fanin_compile")
 
+LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
 _recorders: list[list[Compilation]] = []
 
 
@@ -177,11 +178,9 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
     """Run the passes over a captured graph, reading masks and names from the modules its weights belong to."""
     masks: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    nbytes = 0
     for i, source in captured.statics.items():
         names[static_target(i)] = layer_name(source)
         tensor = attr_tensor(captured.graph_module, static_target(i))
-        nbytes += tensor.nbytes
         owner = captured.owners.get(i)
         module = None if owner is None else owner.module()
         if owner is not None and module is not None and tensor.is_floating_point() and tensor.ndim > 1:
@@ -189,10 +188,26 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             # the other sources are factors in the graph, or no mask at all
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
-    ctx = Context(_gate(settings, nbytes), masks, names, settings.values_dtype)
+    ctx = Context(_gate(settings, _weight_bytes(captured)), masks, names, settings.values_dtype)
     if settings.max_autotune:
         ctx = replace(ctx, pack=tuned_pack, pack_gate=tuned_gate)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)
+
+
+def _weight_bytes(captured: Captured) -> int:
+    """Of the weights that dense layers read at every call: neither masks, which are multiplied in once, nor
+    embeddings, of which a call reads a few rows."""
+    gm, total = captured.graph_module, 0
+    readers: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        readers.setdefault(str(node.target), []).extend(node.users)
+    for i in captured.statics:
+        owner = captured.owners.get(i)
+        tensor = attr_tensor(gm, static_target(i))
+        looked_up = all(user.target in LOOKUPS for user in readers.get(static_target(i), ()))
+        if tensor.is_floating_point() and not (looked_up or (owner and owner.name.endswith("mask"))):
+            total += tensor.nbytes
+    return total
 
 
 def _gate(settings: Options, nbytes: int) -> Gate:

@@ -25,12 +25,20 @@ from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
 from fanin_compile.options import VALUES_DTYPES
+from fanin_compile.packed import LEAST_BYTES
+from fanin_compile.packing import pack
 from fanin_compile.records import Layer, Skip
 
 log = logging.getLogger("fanin_compile")
 
 Filter = Callable[[nn.Module, str], bool]
 _CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_UNSUPPORTED: dict[type[nn.Module], str] = {
+    nn.ConvTranspose1d: "transposed convolutions stay dense",
+    nn.ConvTranspose2d: "transposed convolutions stay dense",
+    nn.ConvTranspose3d: "transposed convolutions stay dense",
+    nn.RNNBase: "stays as it is, one operator of torch holds all its weights",
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
@@ -60,7 +68,8 @@ def condense(
     Works on any nn.Module, traceable or not: layers are swapped, the model's own code stays. Outputs keep their shapes
     (an ablated neuron's is its bias); `state_dict()` holds condensed values and their structure, not dense ones. The
     model itself is left untouched, its dense weights are never copied. Layers that would not shrink, or whose forward
-    is their own, stay as they are; `fanin_compile.explain` names each with the reason.
+    is their own, stay as they are, as do transposed convolutions and recurrent layers; `fanin_compile.explain` names
+    each with the reason.
 
     With `example_inputs` the whole model is exported in eval mode instead and comes back as a GraphModule for
     inference: ablated neurons are removed across layers, batch norms folded, activations fused. A model that cannot
@@ -97,6 +106,8 @@ def condense(
             memo[id(candidate.module)] = _condensed_layer(candidate, values_dtype)
         else:
             log.info("condense leaves %s: %s", candidate.name or "the model", candidate.skip)
+    for skip in unsupported(model):
+        log.info("condense leaves %s: %s", skip.layer or "the model", skip)
     _prepare_stale_weights(model, memo)
     # deepcopy finds the new layers in its memo and never looks at the dense ones behind them
     copied = copy.deepcopy(model, memo)
@@ -115,7 +126,9 @@ def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
             return Skip(layer.name, "excluded by filter_fn")
         fan_in = math.prod(layer.shape[1:])
         size = layer.dense_bytes // layer.dense_size if layer.dense_bytes else 4
-        condensed = layer.nnz * (size + index_dtype(fan_in).itemsize)
+        condensed = layer.nnz * (size + index_dtype(fan_in).itemsize) + (
+            LEAST_BYTES if layer.op == "linear" else 0
+        )
         if condensed >= size * layer.dense_size:
             return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
         return None
@@ -142,15 +155,38 @@ def candidates(
         yield _candidate(name, module, masked, filter_fn, module in attention)
 
 
+def unsupported(model: nn.Module) -> Iterator[Skip]:
+    """Every sparse weight of a kind of layer that has no condensed form, by its name, and why."""
+    for path, module in model.named_modules():
+        reason = next((r for kind, r in _UNSUPPORTED.items() if isinstance(module, kind)), None)
+        if reason is None:
+            continue
+        names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight",)
+        for name in names:
+            found = find_masked_weight(module, name)
+            if found is None or found.weight.ndim < 2 or bool(found.mask.all()):
+                continue
+            sparsity = 1 - float(found.mask.sum()) / found.mask.numel()
+            values = {"type": type(module).__name__, "sparsity": f"{sparsity:.1%}"}
+            yield Skip(_qualified(path, name), reason, values)
+
+
+def _qualified(path: str, parameter: str) -> str:
+    """What the backend calls it: the layer of a `weight`, else the parameter."""
+    return path if parameter == "weight" else f"{path}.{parameter}".removeprefix(".")
+
+
 def _candidate(
-    name: str, module: nn.Module, masked: MaskedWeight, filter_fn: Filter | None, in_attention: bool
+    path: str, module: nn.Module, masked: MaskedWeight, filter_fn: Filter | None, in_attention: bool
 ) -> Candidate:
+    name = _qualified(path, masked.name)
+
     def left(reason: str, **values: object) -> Candidate:
         return Candidate(name, module, masked, None, Skip(name, reason, values))
 
     if bool(masked.mask.all()):
         return left("every weight is active")
-    if filter_fn is not None and not filter_fn(module, name):
+    if filter_fn is not None and not filter_fn(module, path):
         return left("excluded by filter_fn")
     if in_attention:
         return left("nn.MultiheadAttention reads its weights past its layers")
@@ -162,16 +198,20 @@ def _candidate(
     if (padding := getattr(module, "padding", None)) == "same" and _uneven(module):
         return left("'same' padding is uneven", kernel=module.kernel_size, padding=padding)
     weight = CondensedWeight.from_dense(*masked.by_neuron())
-    if weight.nbytes >= weight.dense_nbytes:
+    if (nbytes := _stored_bytes(weight)) >= weight.dense_nbytes:
         return left(
-            "would not shrink",
-            sparsity=f"{weight.sparsity:.1%}",
-            bytes=weight.nbytes,
-            dense=weight.dense_nbytes,
+            "would not shrink", sparsity=f"{weight.sparsity:.1%}", bytes=nbytes, dense=weight.dense_nbytes
         )
     if not _computes_plain_layer(module, masked):
         return left("its forward is not that of the plain layer", type=type(module).__qualname__)
     return Candidate(name, module, masked, weight, None)
+
+
+def _stored_bytes(weight: CondensedWeight) -> int:
+    """As a layer stores it: linears packed. Counted only where that decides, at most about thrice the condensed."""
+    if len(weight.shape) > 2 or 3 * weight.nbytes + LEAST_BYTES < weight.dense_nbytes:
+        return weight.nbytes
+    return pack(weight).nbytes
 
 
 def _uneven(module: nn.Module) -> bool:

@@ -33,6 +33,7 @@ NARROW, WIDEST = 255, 65535  # most columns of a chunk whose columns are one byt
 MAX_HEIGHT = 65534  # rows of a block: the number one past them has 16 bits, too
 HEADER_BYTES = 128
 ALIGNMENT = 64  # bytes, of the parts of a structure
+LEAST_BYTES = HEADER_BYTES + 3 * ALIGNMENT  # of a structure with anything in it
 
 
 @dataclass(frozen=True, eq=False)

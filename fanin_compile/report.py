@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fanin_compile import backend
-from fanin_compile.condense import Candidate, candidates
+from fanin_compile.condense import Candidate, candidates, unsupported
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.export import MODEL, RESULT
 from fanin_compile.graph import PipelineResult
@@ -240,7 +240,7 @@ def _explain_condensed(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[s
             became = "gather-conv" if conv else "gather-matmul"
             layers.append(_weight_row(name, op, module.condensed, nbytes, became, positions.get(module)))
     layers += _left_rows(model, positions)
-    return Report(f"condense({type(model).__name__})", tuple(layers))
+    return Report(f"condense({type(model).__name__})", tuple(layers), tuple(_unsupported(model)))
 
 
 def _explain_plan(model: nn.Module) -> Report:
@@ -252,7 +252,13 @@ def _explain_plan(model: nn.Module) -> Report:
             became = "gather-matmul" if linear else "gather-conv"
             row = _weight_row(candidate.name, _op(candidate), candidate.weight, nbytes, became, None)
             layers.append(row)
-    return Report(f"condense({type(model).__name__}) would make", (*layers, *_left_rows(model, {})))
+    layers += _left_rows(model, {})
+    notes = tuple(_unsupported(model))
+    return Report(f"condense({type(model).__name__}) would make", tuple(layers), notes)
+
+
+def _unsupported(model: nn.Module) -> Iterator[str]:
+    return (f"{skip.layer or '(the model)'}: {skip}" for skip in unsupported(model))
 
 
 def _left_rows(model: nn.Module, positions: Mapping[nn.Module, int]) -> Iterator[LayerReport]:

@@ -305,6 +305,30 @@ def _doubled(module: nn.Module, args: object, output: Any) -> Any:
     return output * 2
 
 
+def test_the_cost_gate_counts_the_weights_that_a_call_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.tied = nn.Embedding(500, 64), nn.Embedding(10, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(self.embed(x) + self.tied(x % 10)) @ self.tied.weight
+            return y
+
+    counted: list[int] = []
+
+    def gate_for(nbytes: int) -> Any:
+        counted.append(nbytes)
+        return lambda layer: None
+
+    monkeypatch.setattr("fanin_compile.cost.gate_for", gate_for)
+    model, i = Model(), torch.arange(7)
+    prune.random_unstructured(any_type(model.a), "weight", 0.5)  # its mask is as large as its weight
+    with torch.no_grad():
+        torch.compile(model, backend="fanin", options={"strict": True})(i)
+    assert counted == [4 * (64 * 48 + 48 + 48 * 10 + 10 + 10 * 64)]
+
+
 def test_forward_hooks_run() -> None:
     model, x = MLP(), randn(5, 64)
     model.a.register_forward_hook(_doubled)

@@ -18,7 +18,7 @@ from fanin_compile.bench.models import MAKERS, ModelCase, OneInput, make_model, 
 from fanin_compile.mask import MaskedWeight, masked_weights
 from fanin_compile.options import Options
 from fanin_compile.train import SRigL
-from tests.compile_support import any_type, assert_equals_model, compiled, fan_in_mask, in_fp64, randn
+from tests.compile_support import any_type, assert_equals_model, compiled, fan_in_mask, model_in_fp64, randn
 from tests.helpers import assert_close_at_scale
 
 pytest.importorskip("transformers")
@@ -125,9 +125,7 @@ def _train(model: OneInput, x: Tensor, names: list[str]) -> None:
 
 def _assert_as_exact(model: OneInput, x: Tensor, *outputs: Tensor) -> None:
     """Each output is as close to the fp64 model as the fp32 masked dense model is, up to a factor."""
-    exact_model = copy.deepcopy(model).double()
-    for module in exact_model.modules():  # pruning leaves its product on a module, and T5 asks for its dtype
-        vars(module).update(in_fp64({k: v for k, v in vars(module).items() if isinstance(v, Tensor)}))
+    exact_model = any_type(model_in_fp64(model))
     exact_model._others = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in model._others.items()
@@ -354,21 +352,80 @@ def test_an_encoder_with_padding(nested: bool) -> None:
         assert _layers_of([compilation]) == names
 
 
-def test_an_lstm_passes_through_and_is_named() -> None:
+class _Rest(nn.Module):
+    """A masked head behind layers that have no condensed form, their weights masked as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.ConvTranspose1d(16, 16, 3, padding=1), nn.Linear(16, 64)
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.around = nn.Conv1d(64, 8, 3, padding=1, padding_mode="circular")
+        with torch.no_grad():
+            self.up.weight.mul_(torch.rand(16, 16, 3) < 0.1)
+            self.attend.in_proj_weight.mul_(torch.rand(48, 16) < 0.1)
+            for layer in (self.attend.out_proj, self.head, self.around):
+                prune.random_unstructured(layer, "weight", 0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).transpose(1, 2)
+        y: Tensor = self.around(self.head(self.attend(h, h, h, need_weights=False)[0]).transpose(1, 2))
+        return y
+
+
+def test_what_has_no_condensed_form_passes_through_and_is_named() -> None:
+    torch.manual_seed(0)
+    model, x = _Rest().eval(), randn(2, 16, 5)
+    condensed = fanin_compile.condense(model)
+    with torch.no_grad():
+        assert_equals_model(compiled(model)(x), model, x)
+        assert_equals_model(condensed(x), model, x)
+    through_graphs = fanin_compile.explain(model, x, options={"cost_gate": False})
+    (note,) = through_graphs.notes
+    assert note.startswith("up: transposed convolutions stay dense (op aten.conv_transpose1d.default")
+    # torch pads by itself before a convolution with padding_mode, which is an ordinary one in a graph
+    layers = {"attend.in_proj_weight", "attend.out_proj", "head", "around"}
+    assert {layer.name for layer in through_graphs.rewritten} == layers
+    for report in (fanin_compile.explain(model), fanin_compile.explain(condensed)):
+        assert {layer.name for layer in report.rewritten} == {"head"}
+        reasons = {layer.name: layer.reason for layer in report.left}
+        assert set(reasons) == layers - {"head"}
+        for name in ("attend.in_proj_weight", "attend.out_proj"):
+            assert reasons[name] == "nn.MultiheadAttention reads its weights past its layers"
+        assert reasons["around"] == "only zero padding is supported (padding_mode circular)"
+        (note,) = report.notes
+        assert note.startswith("up: transposed convolutions stay dense (type ConvTranspose1d, sparsity ")
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_pass_through_and_are_named(kind: type[nn.LSTM | nn.GRU]) -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(16, 32, batch_first=True)
-            self.head = nn.Linear(32, 8)
-            prune.random_unstructured(self.head, "weight", 0.9)
+            self.recurrent, self.head = kind(16, 32, batch_first=True), nn.Linear(32, 24)
+            with torch.no_grad():
+                weight = any_type(self.recurrent).weight_hh_l0
+                weight.mul_(torch.rand(weight.shape) < 0.1)
+                prune.random_unstructured(self.head, "weight", 0.9)
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden: Tensor = self.lstm(x)[0]
-            out: Tensor = self.head(hidden)
-            return out
+            hidden: Tensor = self.recurrent(x)[0]
+            y: Tensor = self.head(hidden)
+            return y
 
-    model, x = Tagger().eval(), torch.randn(2, 5, 16)
+    model, x = Tagger().eval(), randn(2, 5, 16)
+    condensed = fanin_compile.condense(model)
     with torch.no_grad():
         assert_equals_model(torch.compile(model, backend="fanin")(x), model, x)
-    report = fanin_compile.explain(model, x)
-    assert "lstm" in str(report).lower(), report
+        assert_equals_model(condensed(x), model, x)
+    stays = "stays as it is, one operator of torch holds all its weights"
+    notes = fanin_compile.explain(model, x).notes
+    assert f"recurrent: {kind.__name__} {stays}" in notes, notes
+    for report in (fanin_compile.explain(model), fanin_compile.explain(condensed)):
+        assert {layer.name for layer in report.rewritten} == {"head"}
+        (note,) = report.notes
+        assert note.startswith(f"recurrent.weight_hh_l0: {stays} (type {kind.__name__}, sparsity ")
+
+
+def test_dense_layers_without_condensed_form_are_not_mentioned() -> None:
+    model = nn.ModuleList([nn.LSTM(4, 4), nn.ConvTranspose2d(2, 2, 3), nn.Linear(4, 4)])
+    assert fanin_compile.explain(model).notes == ()

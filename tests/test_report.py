@@ -111,7 +111,7 @@ def test_of_a_plan() -> None:
     assert [(r.name, r.op, r.became) for r in report.layers] == [
         ("a", "linear", "gather-matmul"),
         ("c", "conv2d", "gather-conv"),
-        ("at", "attention", "dense"),
+        ("at.in_proj_weight", "attention", "dense"),
         ("at.out_proj", "linear", "dense"),
     ]
     assert report.title == "condense(ModuleDict) would make"
@@ -222,3 +222,15 @@ def test_does_not_disturb_a_compiled_model() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(fanin_compile.OptionError, match="unknown option 'gate'"):
         explain(MLP(), randn(5, 64), options={"gate": False})
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_layer_whose_packed_form_is_larger_stays_dense(graph: bool) -> None:
+    small = nn.Sequential(sparse_linear(7, 2, 1), nn.ReLU(), sparse_linear(2, 64, 1))
+    condensed = condense(small, example_inputs=(randn(3, 7),)) if graph else condense(small)
+    first, second = explain(condensed).layers
+    assert first.reason.startswith("would not shrink (sparsity 85.7%")
+    assert second.reason.startswith("would not shrink (sparsity 50.0%")
+    assert sum(t.nbytes for t in condensed.state_dict().values()) <= sum(
+        t.nbytes for t in small.state_dict().values()
+    )

@@ -40,6 +40,41 @@ def test_quick_run_of_a_whole_model() -> None:
     assert "of the dense" in result.output
 
 
+def test_layers_alone_stand_beside_the_whole(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    file = tmp_path / "model.json"
+    result = CliRunner().invoke(app, ["bench", "model", "gpt2-decode", "--quick", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "layers alone" in result.output
+    assert "1 thread, batch 1: 8 layers alone (us: fanin " in result.output
+    (row,) = json.loads(file.read_text())["rows"]
+    alone = row["layers_alone"]
+    assert set(alone["times_us"]) == {"fanin", "condensed module", "eager"}
+    assert alone["dense"] == "eager"
+    assert alone["ratio"] == pytest.approx(alone["times_us"]["eager"] / alone["times_us"]["fanin"])
+
+
+def test_layers_alone_get_the_inputs_of_one_call_and_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fanin_compile.bench import contenders
+    from fanin_compile.bench.layers_alone import layers_alone, time_alone
+
+    first, second = nn.Linear(8, 8), nn.Linear(8, 4)
+    model, x = nn.Sequential(first, nn.ReLU(), first, second), torch.randn(3, 8)
+    alone, inputs = layers_alone(model, x, [first, second])
+    assert list(alone.layers) == [first, first, second]
+    h = first(x).relu()
+    expected = [x, h, first(h)]
+    assert all(torch.equal(a, b) for a, b in zip(inputs, expected, strict=True))
+    assert not first._forward_pre_hooks
+
+    def wrong(model: nn.Module, x: object) -> object:
+        return lambda: [y * 1.001 for y in model(x)]
+
+    monkeypatch.setitem(contenders.CONTENDERS, "inductor", wrong)
+    with pytest.raises(DisagreementError, match="layer 0 of inductor alone is off by"):
+        time_alone(alone, inputs, threads_used=1, contenders=["eager", "inductor"], seconds=0.0)
+
+
 def test_quick_run_of_the_targets(tmp_path: Path) -> None:
     file = tmp_path / "targets.json"
     result = CliRunner().invoke(app, ["bench", "targets", "--quick", "--threads", "1", "--json", str(file)])

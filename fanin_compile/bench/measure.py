@@ -31,6 +31,7 @@ class Row:
         macs_per_ns: useful (non-zero) multiply-adds of ours per nanosecond, over all threads.
         target: the least ratio aimed at, if one is set for the case.
         nbytes: of the packed weights, where they are what bounds a call: at one batch row.
+        alone: the same contenders on the masked layers alone, where that was measured.
     """
 
     name: str
@@ -41,14 +42,19 @@ class Row:
     nnz_macs: int
     target: float | None = None
     nbytes: int | None = None
+    alone: Mapping[str, Timing] | None = None
 
     @property
     def dense(self) -> str:
-        return min((name for name in self.times if name in DENSE), key=lambda name: self.times[name].median)
+        return _fastest_dense(self.times)
 
     @property
     def ratio(self) -> float:
-        return self.times[self.dense].median / self.times["fanin"].median
+        return _ratio(self.times)
+
+    @property
+    def ratio_alone(self) -> float | None:
+        return None if self.alone is None else _ratio(self.alone)
 
     @property
     def macs_per_ns(self) -> float:
@@ -73,7 +79,25 @@ class Row:
             "ratio": self.ratio,
             "macs_per_ns": self.macs_per_ns,
             "target": self.target,
+            "layers_alone": None if self.alone is None else _alone(self.alone),
         }
+
+
+def _fastest_dense(times: Mapping[str, Timing]) -> str:
+    return min((name for name in times if name in DENSE), key=lambda name: times[name].median)
+
+
+def _ratio(times: Mapping[str, Timing]) -> float:
+    return times[_fastest_dense(times)].median / times["fanin"].median
+
+
+def _alone(times: Mapping[str, Timing]) -> dict[str, Any]:
+    return {
+        "times_us": {name: timing.us for name, timing in times.items()},
+        "spread": {name: timing.spread for name, timing in times.items()},
+        "dense": _fastest_dense(times),
+        "ratio": _ratio(times),
+    }
 
 
 def run_case(

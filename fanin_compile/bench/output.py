@@ -38,6 +38,7 @@ class BenchResult:
             "batch",
             *contenders,
             "x best dense",
+            *(["layers alone"] if self._alone else []),
             "target",
             "MAC/ns",
             "of peak",
@@ -47,8 +48,14 @@ class BenchResult:
         if self.roofline is not None:
             lines.append(f"peak of a core: {self.roofline.macs_per_ns:.1f} fp32 multiply-adds per ns")
         lines.append("median microseconds a call; ratio to the fastest dense contender of the same run")
+        if self._alone:
+            lines.append("layers alone: the ratio of all masked layers without what stands between them")
         lines += self.notes
         return "\n".join(lines)
+
+    @property
+    def _alone(self) -> bool:
+        return any(row.alone is not None for row in self.rows)
 
     def _cells(self, row: Row, contenders: Sequence[str]) -> list[str]:
         times = [f"{row.times[name].us:.0f}" if name in row.times else "" for name in contenders]
@@ -61,7 +68,9 @@ class BenchResult:
         of = f"{share:.0%} {kind}" if kind else ""
         return [
             *(row.name, f"{row.sparsity:.0%}", str(row.threads), str(row.batch), *times),
-            *(f"{row.ratio:.2f}", target, f"{row.macs_per_ns:.1f}", of),
+            f"{row.ratio:.2f}",
+            *(["" if row.ratio_alone is None else f"{row.ratio_alone:.2f}"] if self._alone else []),
+            *(target, f"{row.macs_per_ns:.1f}", of),
         ]
 
     def save(self, json_file: Path | None, plot_file: Path | None) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
 from fanin_compile.bench.contenders import DENSE, QUICK
+from fanin_compile.bench.layers_alone import layers_alone, time_alone
 from fanin_compile.bench.measure import Row, run_case
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in
+from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host
 from fanin_compile.condense import condense
@@ -49,6 +51,7 @@ def bench_model(
     """
     if quick:
         batches, seconds = batches[:1], min(seconds, 0.05)
+    contenders = QUICK if quick else ("fanin", "condensed module", *DENSE)
     rows: list[Row] = []
     notes: list[str] = []
     for count in threads:
@@ -63,13 +66,18 @@ def bench_model(
                 name=name if not ablate else f"{name}, {ablate:.0%} ablated",
                 sparsity=sparsity,
                 threads_used=count,
-                contenders=QUICK if quick else ("fanin", "condensed module", *DENSE),
+                contenders=contenders,
                 seconds=seconds,
                 nnz_macs=_useful_macs(model, x),
                 target=None if quick or sparsity != 0.9 else TARGETS.get(name, {}).get(batch),
             )
-            rows.append(row)
-            notes.append(f"{count} thread{'s' * (count > 1)}, batch {batch}: {_resident(model, x, count)}")
+            alone, inputs = layers_alone(model, x, [layer for _, layer, *_ in maskable(case.model)])
+            times = time_alone(alone, inputs, threads_used=count, contenders=contenders, seconds=seconds)
+            rows.append(replace(row, alone=times))
+            where = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+            took = ", ".join(f"{name} {timing.us:.0f}" for name, timing in times.items())
+            notes.append(f"{where}: {len(inputs)} layers alone (us: {took})")
+            notes.append(f"{where}: {_resident(model, x, count)}")
     return BenchResult(f"whole model {name}", host(), tuple(rows), None, tuple(notes))
 
 

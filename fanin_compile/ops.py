@@ -77,6 +77,7 @@ _library.define(
     "dense_to_packed(Tensor dense, Tensor structure, int entries) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("gather_matmul_scratch_nbytes() -> int")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
@@ -178,6 +179,11 @@ def native_available() -> bool:
         log.warning("no native kernels, running the plain-torch reference: %s", error)
         return False
     return True
+
+
+def scratch_nbytes() -> int:
+    """Most bytes of scratch that one thread has held for the linear kernels so far; 0 without native kernels."""
+    return int(torch.ops.fanin.gather_matmul_scratch_nbytes()) if native_available() else 0
 
 
 def require_native() -> None:

@@ -84,7 +84,10 @@ def test_quick_run_of_the_targets(tmp_path: Path) -> None:
     assert all(
         t["met"] == (t["reached"] >= t["aim"] if t["least"] else t["reached"] <= t["aim"]) for t in targets
     )
-    assert {t["unit"] for t in targets} == {"x", "%", "us"}
+    assert {t["unit"] for t in targets} == {"x", "%", "us", "", "KiB"}
+    by_name = {t["what"]: t["reached"] for t in targets}
+    assert by_name["96->64, batch 64: tensors allocated by a call"] == 1
+    assert 0 < by_name["scratch of a thread, the most so far"] < 1024
 
 
 def test_quick_run_of_a_convolution(tmp_path: Path) -> None:

@@ -160,6 +160,28 @@ def memory(layers: Sequence[tuple[int, int]]) -> Iterator[Target]:
         model, _, _ = _layer(layer, 1)
         share = 100 * packed_nbytes(model) / model.weight.nbytes
         yield Target(f"{_name(layer)}: bytes of the dense weight's", 15.1, share, "%", least=False)
+        for batch in (1, 64):
+            _, _, run = _layer(layer, batch)
+            name = f"{_name(layer)}, batch {batch}: tensors allocated by a call"
+            yield Target(name, 1, _allocations(run), "", least=False)
+
+
+def _allocations(run: Run) -> int:
+    """Tensors that the second call allocates."""
+    run()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events: Any = profile.profiler
+    return sum(e.name() == "[memory]" and e.nbytes() > 0 for e in events.kineto_results.events())
+
+
+def scratch() -> Iterator[Target]:
+    """Of everything that ran before in this process."""
+    yield Target(
+        "scratch of a thread, the most so far", 1024, ops.scratch_nbytes() / 1024, "KiB", least=False
+    )
 
 
 def structures(layers: Sequence[tuple[int, int]], seconds: float) -> Iterator[Target]:

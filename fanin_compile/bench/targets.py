@@ -29,6 +29,7 @@ def bench_targets(*, threads: Sequence[int], seconds: float, quick: bool = False
         parts.structures(layers, seconds),
         parts.half_values(layers[0], seconds, quick),
         parts.overhead(seconds),
+        parts.scratch(),
     ]
     if not quick:
         lines.append(parts.build_times())

@@ -288,3 +288,5 @@ TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) {
   m.impl("gather_matmul", gather_matmul_autograd);
   m.impl("gather_matmul_chain", chain_autograd);
 }
+
+TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) { m.impl("gather_matmul_scratch_nbytes", &fanin::scratch_nbytes); }

@@ -104,5 +104,7 @@ void widen_row(const void* x, DType type, int64_t count, float* out);
 
 // Scratch of this thread, kept between calls; 64-byte aligned. Three buffers, for what is needed at the same time.
 float* scratch(int64_t floats, int buffer = 0);
+// Most bytes that one thread has held since the library was loaded.
+int64_t scratch_nbytes();
 
 }  // namespace fanin

@@ -1,8 +1,4 @@
 // Epilogues: sums -> bias, residual, activation, storage type -> y.
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "activation.h"
 #include "dispatch.h"
 #include "linear.h"
@@ -149,20 +145,6 @@ void widen_row(const void* x, DType type, int64_t count, float* out) {
     for (; i + kLanes <= count; i += kLanes) narrow<kLanes>(out + i, widen<kLanes>(p + i));
     for (; i < count; ++i) out[i] = widen1(p + i);
   });
-}
-
-float* scratch(int64_t floats, int buffer) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> buffers[3];
-  thread_local int64_t sizes[3] = {0, 0, 0};
-  if (floats > sizes[buffer]) {
-    buffers[buffer].reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-    if (!buffers[buffer]) throw std::bad_alloc();
-    sizes[buffer] = floats;
-  }
-  return buffers[buffer].get();
 }
 
 }  // namespace fanin

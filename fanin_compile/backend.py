@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._inductor import config as inductor_config
 from torch.compiler import config as compiler_config
 
@@ -29,6 +29,7 @@ from fanin_compile.capture import (
     capture,
     layer_name,
     relift,
+    seen_from,
     static_target,
     unlift,
 )
@@ -103,14 +104,22 @@ def fanin(
         return settings.finish(gm, example_inputs)
 
 
-def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
-    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled."""
+def analyse(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options, model: nn.Module
+) -> Callable[..., Any]:
+    """A backend that runs the passes for their report and then the graph as it is; nothing is compiled.
+
+    Layers get the names they have in `model`, also in the frames of its submodules.
+    """
     try:
         if reason := _untouchable(gm, example_inputs):
             _record(Compilation(None, reason))
         else:
             with torch.inference_mode(False), torch.no_grad():
-                _record(Compilation(rewrite(capture(gm, example_inputs), settings)))
+                captured = seen_from(model, capture(gm, example_inputs))
+                result = rewrite(captured, settings)
+            _record(Compilation(result))
+            _bind_to_modules(captured, _packed(captured, result))
     except Exception as error:
         if settings.strict:
             raise RewriteError(f"fanin could not analyse a graph: {error}") from error
@@ -150,13 +159,17 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     with _own_cache_key():
         # 3 of 9 us a layer are inductor asserting the sizes of each tensor at every call
         compiled = settings.finish(rewritten, example_inputs, size_asserts=False)
-    guards.bind_to(owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root)
+    _bind_to_modules(captured, packed)
     return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, example_inputs)
 
 
 def _packed(captured: Captured, result: PipelineResult) -> tuple[int, ...]:
     """The positions of static inputs whose values a pass relied on."""
     return tuple(i for i in captured.statics if static_target(i) in result.read)
+
+
+def _bind_to_modules(captured: Captured, packed: Sequence[int]) -> None:
+    guards.bind_to(owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root)
 
 
 def _take_constant_outputs(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, Tensor]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fanin_compile.decompositions import TABLE
 
 _PREFIX = "fanin_static_"  # get_attr targets which stand for the placeholder of the same position
+_MODULES = r"_modules\['([^']+)'\]"  # the steps of a source expression from module to module
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,29 @@ def _root(source: Source, local_scope: Mapping[str, object]) -> LocalSource | No
 
 def layer_name(source: str) -> str:
     """What people call the layer: L['self']._modules['fc']._parameters['weight'] -> fc, but ['w1'] -> fc.w1."""
-    path = re.findall(r"_modules\['([^']+)'\]", source)
+    path = re.findall(_MODULES, source)
     if "parametrizations" in path:
         return ".".join(path[: path.index("parametrizations")])
     tensor = re.search(r"(?:_(?:parameters|buffers)\['([^']+)'\]|\.(\w+))$", source)
     name = (tensor[1] or tensor[2]) if tensor else ""
     return ".".join(path if name in ("weight", "weight_orig", "weight_mask") else [*path, name])
+
+
+def seen_from(model: nn.Module, captured: Captured) -> Captured:
+    """The same graph with sources that begin at `model`, in which Dynamo may have captured the frame of a submodule."""
+    paths = {module: path for path, module in model.named_modules()}
+    statics = dict(captured.statics)
+    for i, owner in captured.owners.items():
+        module = owner.module()
+        if module not in paths or module is _module_at(model, re.findall(_MODULES, statics[i])):
+            continue  # no part of the model, or under its own name already, one of several maybe
+        steps = (f"._modules['{step}']" for step in paths[module].split("."))
+        statics[i] = f"L['self']{''.join(steps)}._parameters['{owner.name}']"
+    return replace(captured, statics=statics)
+
+
+def _module_at(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    module: nn.Module | None = model
+    for step in path:
+        module = None if module is None else module._modules.get(step)
+    return module

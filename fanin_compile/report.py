@@ -141,7 +141,7 @@ def _explain_compiled(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> Report:
     def analyse(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        return backend.analyse(gm, example_inputs, options)
+        return backend.analyse(gm, example_inputs, options, model)
 
     with torch.no_grad(), _undisturbed(model), backend.record() as compilations:
         # isolated: must not spend the recompiles of the user's compiled model

@@ -18,7 +18,15 @@ from fanin_compile.bench.models import MAKERS, ModelCase, OneInput, make_model, 
 from fanin_compile.mask import MaskedWeight, masked_weights
 from fanin_compile.options import Options
 from fanin_compile.train import SRigL
-from tests.compile_support import any_type, assert_equals_model, compiled, fan_in_mask, model_in_fp64, randn
+from tests.compile_support import (
+    MLP,
+    any_type,
+    assert_equals_model,
+    compiled,
+    fan_in_mask,
+    model_in_fp64,
+    randn,
+)
 from tests.helpers import assert_close_at_scale
 
 pytest.importorskip("transformers")
@@ -424,6 +432,34 @@ def test_recurrent_layers_pass_through_and_are_named(kind: type[nn.LSTM | nn.GRU
         assert {layer.name for layer in report.rewritten} == {"head"}
         (note,) = report.notes
         assert note.startswith(f"recurrent.weight_hh_l0: {stays} (type {kind.__name__}, sparsity ")
+
+
+class _Tagger(nn.Module):
+    """Dynamo skips its frame because of the recurrent layer, and captures those of the modules called in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.mlp = nn.LSTM(16, 64, batch_first=True), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.recurrent(x)[0])
+        return y
+
+
+def test_layers_in_frames_of_submodules_have_their_names_in_the_model() -> None:
+    model, x = nn.Sequential(_Tagger(), nn.Linear(10, 16), _Tagger()).eval(), randn(2, 5, 16)
+    report = fanin_compile.explain(model, x, options={"cost_gate": False})
+    layers = {layer.name: layer.became for layer in report.rewritten}
+    assert layers == {  # two of one shape and one code, yet each is seen
+        f"{tagger}.mlp.{layer}": became
+        for tagger in (0, 2)
+        for layer, became in (
+            ("a", f"gather-matmul + relu, chained into {tagger}.mlp.b"),
+            ("b", f"gather-matmul, chained onto {tagger}.mlp.a"),
+        )
+    }
+    unseen = [note for note in report.notes if "is in no graph" in note]
+    assert unseen == ["1: Linear is in no graph that Dynamo captured, or was not called"]
 
 
 def test_dense_layers_without_condensed_form_are_not_mentioned() -> None:

@@ -52,7 +52,7 @@ POINTWISE = (
     *(aten.elu.default, aten.elu_.default, aten.mish.default, aten.softplus.default, aten.neg.default),
     *(aten.exp.default, aten.abs.default, aten.pow.Tensor_Scalar, aten.clamp.default, aten.erf.default),
 )
-BINARY: dict[object, Callable[[Tensor, Tensor], Tensor]] = {
+BINARY: dict[object, Callable[..., Tensor]] = {
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
@@ -133,7 +133,7 @@ def _same(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
 
 
 def _binary(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    if node.kwargs:
+    if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         return None
     function = BINARY[node.target]
     out = tensor_meta(node)
@@ -157,7 +157,7 @@ def _binary(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None
             constants.append(torch.ones(size, dtype=torch.bool))
             values.append(vector)
     constant = constants[0] & constants[1]
-    result = function(values[0], values[1])
+    result = function(values[0], values[1], **node.kwargs)  # alpha
     if function is torch.mul:
         for c, v in zip(constants, values, strict=True):
             zero = c & (v == 0)
@@ -212,10 +212,11 @@ def _pool(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
     padded = bound.get("padding") not in (0, None) and any(_list(bound["padding"]))
     if node.target in AVG_POOLS and padded and bound["count_include_pad"]:
         return None  # the border would average in zeros
-    return channels if channels.dim < out.ndim - _pool_dims(node) else None
+    return channels if channels.dim < out.ndim - pool_dims(node) else None
 
 
-def _pool_dims(node: fx.Node) -> int:
+def pool_dims(node: fx.Node) -> int:
+    """How many dimensions, the last ones, a pool pools over."""
     return int(str(node.target).split("pool")[1][0])
 
 

@@ -5,21 +5,32 @@
 
 After fold_constant_channels nobody reads an ablated neuron. Tensors that must agree in their channels (both sides of a
 residual add or of a gate, everything in between) form one group: a networkx component. A group with a member that is
-seen whole, such as a graph output, a layer norm or an attention head, stays as it is. A flatten belongs to it where it
-only drops dimensions of size 1, as after global pooling.
+seen whole, such as a graph output, a layer norm or an attention head, stays as it is. Where a flatten merges the
+channels with what is behind them, [N, C, H, W] -> [N, C*H*W], each neuron covers H*W positions from there on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.channels import BINARY, MAX_POOLS, POINTWISE, SAME_VALUE, SPATIAL_MEANS, channel_dim
+from fanin_compile.channels import (
+    AVG_POOLS,
+    BINARY,
+    MAX_POOLS,
+    POINTWISE,
+    SAME_VALUE,
+    SPATIAL_MEANS,
+    channel_dim,
+    pool_dims,
+)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -36,7 +47,17 @@ from fanin_compile.graph import (
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
-TRANSPARENT = {*POINTWISE, *SAME_VALUE, *BINARY, *MAX_POOLS, *SPATIAL_MEANS, aten.batch_norm.default}
+POOLS = (*MAX_POOLS, *AVG_POOLS, *SPATIAL_MEANS)
+TRANSPARENT = {*POINTWISE, *SAME_VALUE, *BINARY, *POOLS, aten.batch_norm.default}
+VIEWS = (aten.view.default, aten.reshape.default)  # with their sizes written out
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor keeps the neurons: neuron c at [c * inner, (c + 1) * inner) of dimension `dim` from the left."""
+
+    dim: int
+    inner: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,13 +65,13 @@ class _Group:
     """Nodes whose channels are the same neurons.
 
     Attributes:
-        members: the nodes which compute them, in graph order, each with its channel dimension.
-        readers: the masked layers which take them as inputs.
+        members: the nodes which compute them, in graph order, each with the place of its channels.
+        readers: the masked layers which take them as inputs, each with the inputs that stand for one neuron.
         pinned: why the channels must stay, if they must.
     """
 
-    members: dict[fx.Node, int]
-    readers: tuple[fx.Node, ...]
+    members: dict[fx.Node, _Place]
+    readers: dict[fx.Node, int]
     pinned: str
 
 
@@ -69,13 +90,15 @@ def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
                     for n in producers
                 ]
             continue
-        read = torch.stack([_columns_read(reader) for reader in group.readers]).any(0)
+        read = torch.stack([_neurons_read(*reader) for reader in group.readers.items()]).any(0)
+        if not bool(read.any()):
+            read[:1] = True  # a convolution needs a neuron, and view(-1, 0) is ambiguous
         if bool(read.all()):
             continue
-        for node, dim in group.members.items():
-            _narrow(gm, node, dim, read, evaluate)
-        for reader in group.readers:
-            _select(gm, reader, evaluate, columns=read)
+        for node, place in group.members.items():
+            _narrow(gm, node, place, read, evaluate)
+        for reader, inner in group.readers.items():
+            _select(gm, reader, evaluate, columns=read.repeat_interleave(inner))
         detail = f"{len(read)} -> {int(read.sum())} neurons"
         rewritten += [Rewrite(node.meta[LAYER].name, "narrowed", detail=detail) for node in producers]
     return PassResult(tuple(rewritten), tuple(skipped))
@@ -83,15 +106,18 @@ def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
 
 def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
     """Connected components of the nodes that share a channel dimension, each starting at a masked layer."""
-    channels: dict[fx.Node, int] = {}  # node -> its channel dimension, counted from the left
+    channels: dict[fx.Node, _Place] = {}
     ties = nx.Graph()
     pinned: dict[fx.Node, str] = {}
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if CONDENSED in node.meta and (dim := channel_dim(node)) is not None:
-            channels[node] = dim
+            channels[node] = _Place(dim)
             ties.add_node(node)
-        elif node.target in TRANSPARENT or _flattens_ones(node, channels):
+        elif (place := _flattened(node, channels)) is not None:
+            channels[node] = place
+            ties.add_edge(node, node.args[0])
+        elif node.target in TRANSPARENT:
             inputs = [n for n in node.all_input_nodes if n in channels]
             if inputs:
                 channels[node] = channels[inputs[0]]
@@ -107,35 +133,41 @@ def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
             else:
                 pinned[node] = f"{node.name} is read whole by {user.name} ({_op_name(user)})"
     for component in nx.connected_components(ties):
-        members = {node: dim for node, dim in channels.items() if node in component}
+        members = {node: place for node, place in channels.items() if node in component}
         reasons = [pinned[node] for node in members if node in pinned]
-        reading = tuple(reader for node in members for reader in readers.get(node, ()))
+        reading = {r: place.inner for node, place in members.items() for r in readers.get(node, ())}
         if not reading:
             reasons.append("no layer reads them")
         yield _Group(members, reading, reasons[0] if reasons else "")
 
 
-def _flattens_ones(node: fx.Node, channels: dict[fx.Node, int]) -> bool:
-    """A flatten of the dimensions from the channels on, of which all the others have size 1."""
-    if node.target is not aten.flatten.using_ints or node.args[0] not in channels:
-        return False
-    bound, meta = bind_arguments(node), tensor_meta(node.args[0])
-    if meta is None:
-        return False
-    dim = channels[bound["self"]]
-    start, end = bound["start_dim"] % meta.ndim, bound["end_dim"] % meta.ndim
-    return (
-        start == dim
-        and end >= dim
-        and all(statically_known_true(s == 1) for s in meta.shape[dim + 1 : end + 1])
-    )
+def _flattened(node: fx.Node, channels: dict[fx.Node, _Place]) -> _Place | None:
+    """The channels of a flatten or view which leaves them alone or merges them with what is behind, of known size."""
+    if node.target not in (*VIEWS, aten.flatten.using_ints) or node.kwargs:
+        return None
+    place = channels.get(node.args[0])  # type: ignore[arg-type]
+    before, after = tensor_meta(node.args[0]), tensor_meta(node)
+    if place is None or before is None or after is None or after.ndim <= place.dim:
+        return None
+    if statically_known_true(
+        sym_eq(tuple(before.shape[: place.dim + 1]), tuple(after.shape[: place.dim + 1]))
+    ):
+        return place
+    dim, end = place.dim, before.ndim - (after.ndim - place.dim) + 1  # dimensions [dim, end) become one
+    merged = before.shape[dim:end]
+    if not merged or not all(isinstance(size, int) for size in merged):
+        return None
+    expected = (*before.shape[:dim], math.prod(merged), *before.shape[end:])
+    if not statically_known_true(sym_eq(expected, tuple(after.shape))):
+        return None
+    return _Place(dim, place.inner * math.prod(merged[1:]))
 
 
 def _op_name(node: fx.Node) -> str:
     return "graph output" if node.op == "output" else str(node.target)
 
 
-def _reads(user: fx.Node, node: fx.Node, dim: int) -> bool:
+def _reads(user: fx.Node, node: fx.Node, place: _Place) -> bool:
     """`user` is a masked layer whose input channels are exactly the channels of `node`."""
     meta = tensor_meta(node)
     if (
@@ -146,54 +178,61 @@ def _reads(user: fx.Node, node: fx.Node, dim: int) -> bool:
     ):
         return False
     grouped = user.target is not aten.linear.default and bind_arguments(user)["groups"] != 1
-    return not grouped and dim == meta.ndim - (len(user.meta[CONDENSED].shape) - 1)
+    return not grouped and place.dim == meta.ndim - (len(user.meta[CONDENSED].shape) - 1)
 
 
-def _breaks_channels(node: fx.Node, channels: dict[fx.Node, int], evaluate: Evaluator) -> str:
+def _breaks_channels(node: fx.Node, channels: dict[fx.Node, _Place], evaluate: Evaluator) -> str:
     """Why a transparent node does not keep each channel to itself, if so."""
-    out = tensor_meta(node)
+    out, place = tensor_meta(node), channels[node]
     for arg in node.args if node.target in BINARY else ():
         meta = tensor_meta(arg)
         if meta is None or out is None or not isinstance(arg, fx.Node):
             continue
-        dim = channels[node] - (out.ndim - meta.ndim)
+        dim = place.dim - (out.ndim - meta.ndim)
         constant = evaluate(arg) is not None and arg not in channels
         if constant and (dim < 0 or meta.shape[dim] == 1):
             continue  # broadcast along the channels
-        if arg in channels and channels[arg] == dim and meta.shape[dim] == out.shape[channels[node]]:
-            continue
-        if constant and meta.shape[dim] == out.shape[channels[node]]:
+        aligned = constant or channels.get(arg) == _Place(dim, place.inner)
+        if aligned and meta.shape[dim] == out.shape[place.dim]:
             continue
         return f"{node.name} combines them with a tensor that is not a layer's"
     if node.target is aten.batch_norm.default and bind_arguments(node)["training"]:
         return f"{node.name} is a batch norm in training mode"
-    if node.target in BINARY and node.kwargs:
-        return f"{node.name} scales by alpha"
+    if node.target in POOLS and (out is None or place.dim >= out.ndim - pool_dims(node)):
+        return f"{node.name} pools over them"
     return ""
 
 
-def _columns_read(reader: fx.Node) -> Tensor:
-    """bool [in]: the inputs which at least one neuron of the layer reads."""
+def _neurons_read(reader: fx.Node, inner: int) -> Tensor:
+    """bool [in / inner]: the neurons of which the layer reads one of the `inner` inputs at least."""
     mask: Tensor = reader.meta[CONDENSED].mask()
-    return mask.transpose(0, 1).flatten(1).any(1)
+    return mask.transpose(0, 1).flatten(1).any(1).view(-1, inner).any(1)
 
 
-def _narrow(gm: fx.GraphModule, node: fx.Node, dim: int, read: Tensor, evaluate: Evaluator) -> None:
-    """Restrict a member of a group to the channels in `read`: its weight or constants, and the value it stands for."""
+def _narrow(gm: fx.GraphModule, node: fx.Node, place: _Place, read: Tensor, evaluate: Evaluator) -> None:
+    """Restrict a member of a group to the neurons in `read`: its weight or constants, and the value it stands for."""
     if CONDENSED in node.meta:
         _select(gm, node, evaluate, rows=read)
     else:
         out = tensor_meta(node)
         assert out is not None
-        for arg in node.all_input_nodes:
+        kept = read.repeat_interleave(place.inner)
+        for arg in node.all_input_nodes if node.target not in VIEWS else ():
             value = evaluate(arg)
             if value is None:
                 continue
-            # batch norm's constants are vectors of channels, a binary operand is aligned from the right
-            position = 0 if node.target is aten.batch_norm.default else dim - (out.ndim - value.ndim)
-            if 0 <= position < value.ndim and value.shape[position] == len(read):
-                kept = value.index_select(position, read.nonzero().flatten())
-                node.replace_input_with(arg, add_constant(gm, node, f"{node.name}_{arg.name}", kept))
+            # a binary operand is aligned from the right, batch norm's constants are vectors of dimension 1
+            position = place.dim - (out.ndim - value.ndim)
+            if node.target is aten.batch_norm.default:
+                position = place.dim - 1
+            if 0 <= position < value.ndim and value.shape[position] == len(kept):
+                narrow = value.index_select(position, kept.nonzero().flatten())
+                node.replace_input_with(arg, add_constant(gm, node, f"{node.name}_{arg.name}", narrow))
+        if node.target in VIEWS:
+            sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+            if sizes[place.dim] != -1:
+                sizes[place.dim] = int(kept.sum())
+            node.args = (node.args[0], sizes)
     renew_value(gm.graph, node)
 
 

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
 
-from fanin_compile.graph import CONDENSED
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fanin_compile.condense import condense
+from fanin_compile.export import _drop_asserts
+from fanin_compile.graph import CONDENSED, PassResult, run_pipeline
+from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
-from tests.compile_support import fan_in_mask, randn, sparse_linear
-from tests.passes.support import calls, graph_of, run
+from tests.compile_support import assert_equals_dense, compiled, fan_in_mask, randn, recorded, sparse_linear
+from tests.passes.support import calls, context, graph_of, run
 
 aten = torch.ops.aten
 
@@ -58,38 +65,231 @@ def test_what_is_seen_whole_stays_and_says_so() -> None:
         assert all(s.reason.startswith("ablated neurons stay: ") for s in result.skipped)
 
 
-class _Pooled(nn.Module):
-    """A convolution, 4 of its 32 neurons ablated, pooled to `size` and flattened for a linear layer."""
+def _ablated_conv(channels: int, *, ablated: int) -> nn.Conv2d:
+    conv = nn.Conv2d(8, channels, 3)
+    with torch.no_grad():
+        conv.weight.flatten(1).mul_(fan_in_mask(channels, 72, 9, ablated=ablated))
+    return conv
 
-    def __init__(self, size: int) -> None:
+
+class _Classifier(nn.Module):
+    """A convolution, 4 of its 32 neurons ablated, pooled to size x size, flattened as asked, for a linear layer."""
+
+    def __init__(
+        self, size: int, flatten: Callable[[Tensor], Tensor], between: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(8, 32, 3)
-        with torch.no_grad():
-            self.conv.weight.flatten(1).mul_(fan_in_mask(32, 72, 9, ablated=4))
-        self.pool = nn.AdaptiveAvgPool2d(size)
+        self.conv, self.pool = _ablated_conv(32, ablated=4), nn.AdaptiveAvgPool2d(size)
+        self.flatten, self.between = flatten, between or nn.Identity()
         self.head = sparse_linear(32 * size**2, 16, 20 * size**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.pool(torch.relu(self.conv(x))).flatten(1))
+        y: Tensor = self.head(self.between(self.flatten(self.pool(torch.relu(self.conv(x))))))
         return y
 
 
-def test_neurons_go_through_global_pooling_and_flatten() -> None:
+def _shape_of(node: torch.fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+FLATTENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten": lambda h: h.flatten(1),
+    "flatten in two steps": lambda h: h.flatten(2).flatten(1),
+    "view, sizes written out": lambda h: h.view(2, 32 * h.shape[2] * h.shape[3]),
+    "view, batch inferred": lambda h: h.view(-1, 32 * h.shape[2] * h.shape[3]),
+    "view, features inferred": lambda h: h.view(h.shape[0], -1),
+    "reshape": lambda h: h.reshape(h.shape[0], -1),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("flatten", FLATTENS.values(), ids=FLATTENS)
+def test_neurons_go_through_pooling_and_flatten(flatten: Callable[[Tensor], Tensor], size: int) -> None:
     x = randn(2, 8, 9, 9)
-    gm = graph_of(_Pooled(1), x)
+    gm = graph_of(_Classifier(size, flatten), x)
     result = run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
     assert [(r.layer, r.detail) for r in result.rewritten] == [("conv", "32 -> 28 neurons")]
-    assert _shapes(gm) == [(16, 28)]
-    (flatten,) = calls(gm, aten.flatten.using_ints)
-    assert tuple(flatten.meta["val"].shape) == (2, 28)
+    assert _shapes(gm) == [(16, 28 * size**2)]
+    (head,) = calls(gm, aten.linear.default)
+    assert _shape_of(head.args[0]) == (2, 28 * size**2)  # type: ignore[arg-type]
+    (conv,) = calls(gm, aten.conv2d.default)
+    assert conv.meta[CONDENSED].shape == (28, 8, 3, 3)
 
 
-def test_a_flatten_of_more_than_one_position_pins_the_channels() -> None:
+def test_a_channel_is_read_if_any_of_its_positions_is() -> None:
     x = randn(2, 8, 9, 9)
-    gm = graph_of(_Pooled(2), x)
+    model = _Classifier(2, FLATTENS["flatten"])
+    with torch.no_grad():
+        model.head.weight[:, :20] = 0  # the first 5 channels
+        model.head.weight[3, 6] = 1.0  # but for one position of the second
+    gm = graph_of(model, x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert _shapes(gm) == [(16, (32 - 4 - 4) * 4)]
+
+
+@pytest.mark.parametrize("name", ["flatten", "view, batch inferred", "view, features inferred"])
+def test_one_neuron_stays_if_none_is_read(name: str) -> None:
+    x = randn(2, 8, 9, 9)
+    model = _Classifier(2, FLATTENS[name])
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[:, 31 * 4 :] = 1.0  # an ablated channel alone
+    gm = graph_of(model, x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert _shapes(gm) == [(16, 4)]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.Tanh(), nn.Dropout(), nn.BatchNorm1d(128), nn.Sequential(nn.Hardswish(), nn.Dropout(0.2))],
+    ids=["tanh", "dropout", "batch norm", "two"],
+)
+def test_what_follows_the_flatten_is_narrowed_as_well(between: nn.Module) -> None:
+    x = randn(2, 8, 9, 9)
+    if isinstance(between, nn.BatchNorm1d):
+        between.running_mean, between.running_var = randn(128, seed=1), randn(128, seed=2).abs() + 0.5
+    gm = graph_of(_Classifier(2, FLATTENS["flatten"], between), x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert _shapes(gm) == [(16, 112)]
+    (head,) = calls(gm, aten.linear.default)
+    assert _shape_of(head.args[0]) == (2, 112)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3), nn.AvgPool2d(3)], ids=["max", "average"])
+def test_pools_between_convolution_and_classifier(pool: nn.Module) -> None:
+    x = randn(2, 8, 8, 8)
+    model = _Classifier(2, FLATTENS["flatten"])
+    model.pool = pool  # type: ignore[assignment]
+    gm = graph_of(model, x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert _shapes(gm) == [(16, 112)]
+
+
+class _Reshaped(nn.Module):
+    """_Classifier's convolution and pool with a head of `features` inputs behind any reshape."""
+
+    def __init__(self, reshape: Callable[[Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.conv, self.reshape = _ablated_conv(32, ablated=4), reshape
+        self.pool, self.head = nn.AdaptiveAvgPool2d(2), sparse_linear(features, 16, features // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.reshape(self.pool(torch.relu(self.conv(x)))))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("reshape", "features"),
+    [
+        (lambda h: h.reshape(1, -1), 256),  # channels with the batch
+        (lambda h: h.view(4, 64), 64),  # half of the channels each
+        (lambda h: h.flatten(0, 1), 2),  # positions are the features
+        (lambda h: h.transpose(1, 2).flatten(1), 128),  # channels inside the rows
+        (lambda h: h.view(2, 16, 8), 8),  # split
+    ],
+    ids=["batch", "halves", "positions", "permuted", "split"],
+)
+def test_a_reshape_that_mixes_channels_with_others_pins_them(
+    reshape: Callable[[Tensor], Tensor], features: int
+) -> None:
+    x = randn(2, 8, 9, 9)
+    gm = graph_of(_Reshaped(reshape, features), x)
     result = run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
     assert result.rewritten == ()
+    assert ["is read whole by" in s.reason for s in result.skipped] == [True]
+    (conv,) = calls(gm, aten.conv2d.default)
+    assert conv.meta[CONDENSED].shape[0] == 32
+
+
+def _run_dynamic(model: nn.Module, x: Tensor, dims: dict[int, Any]) -> tuple[fx.GraphModule, PassResult]:
+    """The graph of `model` with symbolic `dims` of x after the passes, and the result of the last."""
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (x,), dynamic_shapes=(dims,), strict=False)
+        gm = exported.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    _drop_asserts(gm)
+    passes = (find_masked_layers, fold_constant_channels, remove_unread_neurons)
+    done = run_pipeline(gm, passes, context(gm))
+    return done.graph_module, dict(done.results)["remove_unread_neurons"]
+
+
+@pytest.mark.parametrize("name", [n for n in FLATTENS if n != "view, sizes written out"])
+def test_the_batch_of_a_flatten_may_be_dynamic(name: str) -> None:
+    x = randn(3, 8, 9, 9)
+    model = _Classifier(2, FLATTENS[name])
+    gm, _ = _run_dynamic(model, x, {0: torch.export.Dim("batch")})
+    assert _shapes(gm) == [(16, 112)]
+    (head,) = calls(gm, aten.linear.default)
+    batch, features = head.args[0].meta["val"].shape  # type: ignore[union-attr]
+    assert (isinstance(batch, torch.SymInt), features) == (True, 112)
+    other = randn(7, 8, 9, 9, seed=3)
+    with torch.no_grad():
+        assert_equals_dense(gm(other), model, other, k=72 + 128)
+
+
+def test_a_flatten_of_dynamic_positions_pins_the_channels() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = _ablated_conv(32, ablated=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x)).flatten(1)
+
+    x = randn(2, 8, 9, 9)
+    _, result = _run_dynamic(Model(), x, {2: torch.export.Dim("height", min=4)})
+    assert result.rewritten == ()
     assert ["flatten" in s.reason for s in result.skipped] == [True]
+
+
+def test_a_pool_over_the_features_of_a_linear_pins_them() -> None:
+    model = nn.Sequential(sparse_linear(64, 32, 6, ablated=4), nn.MaxPool1d(2), sparse_linear(16, 8, 10))
+    x = randn(3, 5, 64)
+    gm = graph_of(model, x)
+    result = run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert ["pools over them" in s.reason for s in result.skipped] == [True]
+    assert _shapes(gm) == [(32, 64), (8, 16)]
+
+
+def test_alpha_of_an_addition_neither_hides_constants_nor_pins() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (sparse_linear(64, 32, 6, ablated=4, seed=n) for n in range(2))
+            self.c = sparse_linear(32, 16, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.add(self.a(x), self.b(x), alpha=-3)
+            y: Tensor = self.c(torch.sub(h, 1.5, alpha=2).relu())
+            return y
+
+    x = randn(5, 64)
+    gm = graph_of(Model(), x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert _shapes(gm) == [(28, 64), (28, 64), (16, 28)]
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 32), (7, 32), (7, 1), (3, 7, 1), (32,)])
+def test_a_constant_that_varies_over_positions_is_narrowed_along_the_channels(shape: tuple[int, ...]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = sparse_linear(64, 32, 6, ablated=4), sparse_linear(32, 16, 20)
+            self.positions = nn.Parameter(randn(*shape, seed=1))
+            with torch.no_grad():
+                self.b.weight[:, 28:] = 0  # unread: what they hold is not constant over positions
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.relu(self.a(x) + self.positions))
+            return y
+
+    x = randn(3, 7, 64)
+    gm = graph_of(Model(), x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert _shapes(gm) == [(28, 64), (16, 28)]
+    (add,) = calls(gm, aten.add.Tensor)
+    assert _shape_of(add) == (3, 7, 28)
+    assert _shape_of(add.args[1]) == tuple(28 if size == 32 else size for size in shape)  # type: ignore[arg-type]
 
 
 def test_a_dense_reader_stays_whole() -> None:
@@ -107,3 +307,18 @@ def test_nothing_ablated_nothing_removed() -> None:
     gm = graph_of(model, x)
     assert run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,)).rewritten == ()
     assert _shapes(gm) == [(32, 64), (16, 32)]
+
+
+def test_both_doors_narrow_through_a_flatten() -> None:
+    x = randn(3, 8, 9, 9)
+    model = _Classifier(2, FLATTENS["view, batch inferred"]).eval()
+    with recorded() as compilations:
+        actual = compiled(model, dynamic=True)(x)
+    assert_equals_dense(actual, model, x, k=72 + 128)
+    (compilation,) = compilations
+    assert compilation.result is not None
+    assert [r.layer for r in compilation.result.rewritten if r.became == "narrowed"] == ["conv"]
+    condensed = condense(model, example_inputs=(x,))
+    with torch.no_grad():
+        assert_equals_dense(condensed(x), model, x, k=72 + 128)
+    assert condensed.conv2d_bias.shape == (28,)

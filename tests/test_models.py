@@ -153,6 +153,11 @@ def _condensed_layers(compilations: list[Compilation]) -> int:
     return sum(r.bytes is not None for result in results if result for r in result.rewritten)
 
 
+def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend rewrites and watches graphs as ever, which then run node by node."""
+    monkeypatch.setattr(Options, "finish", lambda self, gm, inputs, **patches: gm.forward)
+
+
 @pytest.mark.parametrize(
     ("name", "source"), [(name, SOURCES[i % len(SOURCES)]) for i, name in enumerate(sorted(MAKERS))]
 )
@@ -230,7 +235,8 @@ CHAINS = {"llama": (2, True), "bert": (2, False), "gpt2": (2, False), "vit": (2,
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_feed_forward_layers_are_one_call_a_block(name: str) -> None:
+def test_feed_forward_layers_are_one_call_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_inductor(monkeypatch)  # which compiles them above
     count, gated = CHAINS[name]
     model, x = _gated_t5() if name == "t5" else _case(name, "zeros")
     with torch.no_grad(), record() as compilations:
@@ -268,11 +274,8 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_changing_sizes_recompile_at_most_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name not in (
-        "bert",
-        "vit",
-    ):  # the others without inductor, whose kernels for free sizes take a minute to build
-        monkeypatch.setattr(Options, "finish", lambda self, gm, inputs, **patches: gm.forward)
+    if name != "bert":  # inductor's kernels for free sizes take a minute to build
+        _without_inductor(monkeypatch)
     model, _ = _case(name)
     if name == "t5":
         model = _SameForDecoder(model)

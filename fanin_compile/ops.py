@@ -46,6 +46,7 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "none": Activation(lambda z: z, lambda g, z: g),
     "relu": Activation(torch.relu, lambda g, z: aten.threshold_backward(g, z, 0)),
+    "relu6": Activation(F.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6)),
     "gelu": Activation(F.gelu, lambda g, z: aten.gelu_backward(g, z)),
     "gelu_tanh": Activation(
         functools.partial(F.gelu, approximate="tanh"),

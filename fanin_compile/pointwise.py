@@ -11,9 +11,22 @@ from fanin_compile.graph import bind_arguments, tensor_meta
 
 aten = torch.ops.aten
 
-_ACTIVATIONS: dict[object, Callable[[fx.Node], str]] = {
+
+def _clamp_name(node: fx.Node) -> str | None:
+    """Of hardtanh and clamp, whose bounds are their second and third argument."""
+    _, low, high = bind_arguments(node).values()
+    return "relu6" if low == 0 and high == 6 else None
+
+
+_ACTIVATIONS: dict[object, Callable[[fx.Node], str | None]] = {
     aten.relu.default: lambda _: "relu",
     aten.relu_.default: lambda _: "relu",
+    aten.relu6.default: lambda _: "relu6",
+    aten.relu6_.default: lambda _: "relu6",
+    aten.hardtanh.default: _clamp_name,
+    aten.hardtanh_.default: _clamp_name,
+    aten.clamp.default: _clamp_name,
+    aten.clamp_.default: _clamp_name,
     aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
     aten.silu.default: lambda _: "silu",
     aten.silu_.default: lambda _: "silu",

@@ -194,6 +194,20 @@ def test_ragged_rows_side_by_side(batch: int, channels_last: bool) -> None:
         check(weight, x.bfloat16(), g, activation="silu")
 
 
+@pytest.mark.parametrize("density", [0.05, 0.6])
+@pytest.mark.parametrize("size", [7, 16])
+def test_clamps_at_both_ends_and_keeps_nan(density: float, size: int) -> None:
+    weight, g = random_weight((40, 64, 1, 1), density), Geometry((1, 1), (0, 0), (1, 1))
+    x, residual = 10 * torch.randn(1, 64, size, size), torch.randn(1, 40, size, size)
+    y = check(weight, x, g, bias=torch.randn(40), residual=residual, activation="relu6")
+    assert (y == 0).any()
+    assert (y == 6).any()
+    residual[:, 3] = math.nan
+    for activation in ("none", "relu", "relu6"):
+        z = gather_conv(x, weight, None, *g, activation=activation, residual=residual)
+        assert torch.equal(z.isnan(), residual.isnan())
+
+
 def test_values_that_change_are_seen() -> None:
     weight, x = random_weight((12, 40, 1, 1), 0.5), torch.randn(2, 40, 9, 9)
     g = Geometry((1, 1), (0, 0), (1, 1))

@@ -68,6 +68,7 @@ FANIN_INLINE vf erf(vf x) {
 template <Act A>
 FANIN_INLINE vf activate(vf x) {
   if constexpr (A == Act::relu) return select<kLanes>(x < 0.0f, splat(0.0f), x);
+  if constexpr (A == Act::relu6) return clamp(x, 0.0f, 6.0f);
   if constexpr (A == Act::gelu) return 0.5f * x * (1.0f + erf(x * 0.70710678f));
   if constexpr (A == Act::gelu_tanh)                          // 0.5 (1 + tanh u) = sigmoid(2 u)
     return x * sigmoid(x * (1.59576912f + 0.0713548162f * (x * x)));

@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include "activation.h"
 #include "conv.h"
 #include "dispatch.h"
 #include "vec.h"
@@ -50,7 +51,7 @@ struct Target {
   const float *residual, *bias;
   const int32_t* live;
   int64_t pixels;
-  float floor;                  // -infinity, or 0 for relu
+  float floor, ceiling;         // infinite, or what relu and relu6 clamp to
 };
 
 constexpr int kVisitsAhead = 4;
@@ -65,17 +66,18 @@ struct Runs {
   const Target* target;         // of runs that end their rows, or null: sums are kept
 };
 
-// Bias, residual and relu, and out.
+// Bias, residual and clamp, and out.
 template <int Row, class S>
 FANIN_INLINE void finish(const Target& o, const S& sums, int32_t channel) {
-  const vf bias = splat(o.bias ? o.bias[channel] : 0.0f), floor = splat(o.floor);
+  const vf bias = splat(o.bias ? o.bias[channel] : 0.0f);
+  const float floor = o.floor, ceiling = o.ceiling;           // read once: y might alias them
   float* y = o.y + channel * o.pixels;
   const float* residual = o.residual ? o.residual + channel * o.pixels : nullptr;
 #pragma GCC unroll 16
   for (int t = 0; t < S::kVectors; ++t) {
     vf v = sums.v[Row * S::kVectors + t] + bias;
     if (residual) v += load_raw<vf>(residual + t * kLanes);
-    store_raw(y + t * kLanes, select<kLanes>(v < floor, floor, v));
+    store_raw(y + t * kLanes, clamp(v, floor, ceiling));
   }
 }
 
@@ -203,9 +205,11 @@ void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t
   Target target{};
   target.bias = static_cast<const float*>(op.bias);
   target.pixels = plan.shape.pixels_out();
-  target.floor = op.act == Act::relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  target.floor = op.act == Act::none ? -infinity : 0.0f;
+  target.ceiling = op.act == Act::relu6 ? 6.0f : infinity;
   const bool simple = op.x_type == DType::f32 && (!op.bias || op.bias_type == DType::f32) &&
-                      (op.act == Act::none || op.act == Act::relu);
+                      (op.act == Act::none || op.act == Act::relu || op.act == Act::relu6);
   for (const Tile* tile = first; tile < l.tiles.data() + l.unit[unit + 1]; ++tile) {
     const bool finished = places_of(op, image, *tile, places) && simple;
     target.y = static_cast<float*>(op.y) + places.at[0][0];

@@ -30,6 +30,7 @@ template <class F>
 FANIN_INLINE decltype(auto) with_act(Act act, F&& f) {
   switch (act) {
     case Act::relu: return f(std::integral_constant<Act, Act::relu>{});
+    case Act::relu6: return f(std::integral_constant<Act, Act::relu6>{});
     case Act::gelu: return f(std::integral_constant<Act, Act::gelu>{});
     case Act::gelu_tanh: return f(std::integral_constant<Act, Act::gelu_tanh>{});
     case Act::silu: return f(std::integral_constant<Act, Act::silu>{});

@@ -33,8 +33,9 @@ inline IType itype_of(const at::Tensor& t) {
 
 inline Act act_of(std::string_view name) {
   static constexpr std::pair<std::string_view, Act> table[] = {
-      {"none", Act::none}, {"relu", Act::relu}, {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh},
-      {"silu", Act::silu}, {"hardswish", Act::hardswish}, {"sigmoid", Act::sigmoid}, {"tanh", Act::tanh}};
+      {"none", Act::none}, {"relu", Act::relu}, {"relu6", Act::relu6},
+      {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh}, {"silu", Act::silu},
+      {"hardswish", Act::hardswish}, {"sigmoid", Act::sigmoid}, {"tanh", Act::tanh}};
   for (const auto& [key, act] : table)
     if (key == name) return act;
   TORCH_CHECK_VALUE(false, "fanin: unknown activation '", name, "'");

@@ -41,6 +41,13 @@ def _fuse(epilogue: Callable[[Tensor, Tensor], Tensor]) -> tuple[list[str], int]
 MATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "relu": (lambda h, x: F.relu(h), ["+ relu"]),
     "relu in place": (lambda h, x: F.relu(h, inplace=True), ["+ relu"]),
+    "relu6": (lambda h, x: F.relu6(h), ["+ relu6"]),
+    "relu6 in place": (lambda h, x: F.relu6(h, inplace=True), ["+ relu6"]),
+    "hardtanh of 0 and 6": (lambda h, x: F.hardtanh(h, 0.0, 6.0), ["+ relu6"]),
+    "hardtanh in place": (lambda h, x: F.hardtanh(h, 0.0, 6.0, inplace=True), ["+ relu6"]),
+    "clamp to 0 and 6": (lambda h, x: h.clamp(0, 6), ["+ relu6"]),
+    "clamp in place": (lambda h, x: h.clamp_(min=0.0, max=6.0), ["+ relu6"]),
+    "residual and relu6": (lambda h, x: F.relu6(h + x), ["+ residual", "+ relu6"]),
     "gelu": (lambda h, x: F.gelu(h), ["+ gelu"]),
     "gelu tanh": (lambda h, x: F.gelu(h, approximate="tanh"), ["+ gelu_tanh"]),
     "silu": (lambda h, x: F.silu(h), ["+ silu"]),
@@ -71,6 +78,11 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "wider residual": lambda h, x: h + x.double(),
     "added to itself": lambda h, x: h + h,
     "unknown activation": lambda h, x: F.elu(h),
+    "hardtanh of -1 and 1": lambda h, x: F.hardtanh(h),
+    "clamp to 0 and 5": lambda h, x: h.clamp(0, 5),
+    "clamp to -1 and 6": lambda h, x: h.clamp(-1, 6),
+    "clamp without a floor": lambda h, x: h.clamp(max=6),
+    "clamp by tensors": lambda h, x: torch.clamp(h, torch.zeros(64), torch.full((64,), 6.0)),
 }
 
 

@@ -195,6 +195,37 @@ def test_training_between_calls_moves_running_statistics() -> None:
     assert any("batch norm folded" in r.detail for r in compilations[0].result.rewritten)
 
 
+def test_a_dense_convolution_that_took_a_batch_norm_is_watched() -> None:
+    conv = nn.Conv2d(4, 8, 1)
+    with torch.no_grad():
+        conv.weight.copy_(sparse_weight(8, 4, 2)[..., None, None])
+    dense = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    model = any_type(nn.Sequential(dense, nn.BatchNorm2d(4), nn.ReLU6(), conv).eval())
+    f, x = compiled(model), randn(2, 4, 7, 7)
+    with recorded() as compilations:
+        changes: tuple[Callable[[], object], ...] = (
+            lambda: model[0].weight.mul_(-2.0),
+            lambda: model[0].bias.add_(0.5),
+            lambda: model[1].running_mean.add_(1.0),
+            lambda: model[1].weight.mul_(1.5),
+            lambda: model[1].bias.sub_(0.25),
+        )
+        y = f(x)
+        for change in changes:
+            assert_equals_model(y, model, x)
+            change()
+            before, y = y, f(x)
+            assert not torch.allclose(y, before, atol=1e-3)
+        model.train()
+        model(randn(9, 4, 7, 7) * 3 + 1)  # batch norm writes its statistics, and their versions stay
+        model.eval()
+        assert_equals_model(f(x), model, x)
+    assert len(compilations) == 1
+    assert compilations[0].result is not None
+    folded = [r.layer for r in compilations[0].result.rewritten if r.detail == "batch norm folded"]
+    assert folded == ["0"]
+
+
 def test_pruning_further_and_removing() -> None:
     model, x = any_type(MLP()), randn(5, 64)
     prune.custom_from_mask(model.a, "weight", fan_in_mask(48, 64, 6))

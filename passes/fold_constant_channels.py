@@ -36,11 +36,12 @@ def fold_constant_channels(gm: fx.GraphModule, ctx: Context) -> PassResult:
     evaluate = Evaluator(gm)
     known: dict[fx.Node, Channels] = {}
     changed = overwritten(gm.graph)
+    folded: dict[object, fx.Node] = {}  # a weight called again with the same constants is folded once
     for node in list(gm.graph.nodes):
         if CONDENSED in node.meta:
             layer, channels = node.meta[LAYER], known.get(node.args[0])
             if channels is not None:
-                refusal = _fold(gm, node, channels, evaluate)
+                refusal = _fold(gm, node, channels, evaluate, folded)
                 if isinstance(refusal, Skip):
                     skipped.append(refusal)
                 elif refusal:
@@ -53,7 +54,13 @@ def fold_constant_channels(gm: fx.GraphModule, ctx: Context) -> PassResult:
     return PassResult(tuple(rewritten), tuple(skipped))
 
 
-def _fold(gm: fx.GraphModule, node: fx.Node, channels: Channels, evaluate: Evaluator) -> int | Skip:
+def _fold(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    channels: Channels,
+    evaluate: Evaluator,
+    folded: dict[object, fx.Node],
+) -> int | Skip:
     """How many of the weight's input columns were folded away, or why constant ones stay."""
     weight: CondensedWeight = node.meta[CONDENSED]
     name = node.meta[LAYER].name
@@ -79,6 +86,14 @@ def _fold(gm: fx.GraphModule, node: fx.Node, channels: Channels, evaluate: Evalu
     bias = evaluate(bound["bias"]) if bound["bias"] is not None else None
     if bound["bias"] is not None and bias is None:
         return Skip(name, "constant inputs stay: its bias is not constant")
+    constants = str(torch.where(fold, channels.values, torch.inf).tolist())
+    same = folded.setdefault((bound["weight"], bound["bias"], constants), node)
+    if same is not node:
+        node.args = (node.args[0], *same.args[1:3], *node.args[3:])
+        shared: CondensedWeight = same.meta[CONDENSED]
+        node.meta[CONDENSED] = shared
+        node.meta[LAYER] = node.meta[LAYER].with_weight(shared.shape, shared.nnz)
+        return int((read & fold).sum())
     dense = weight.to_dense()
     new_bias = _with_constants(dense, fold, channels.values, bias)
     mask[:, fold] = False

@@ -52,6 +52,10 @@ TRANSPARENT = {*POINTWISE, *SAME_VALUE, *BINARY, *POOLS, aten.batch_norm.default
 VIEWS = (aten.view.default, aten.reshape.default)  # with their sizes written out
 
 
+# (weight, bias, rows, columns) -> the weight and bias nodes selected from them, and that weight
+_Selected = dict[object, tuple[tuple[Any, ...], CondensedWeight]]
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a tensor keeps the neurons: neuron c at [c * inner, (c + 1) * inner) of dimension `dim` from the left."""
@@ -79,6 +83,7 @@ def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
     evaluate = Evaluator(gm)
+    selected: _Selected = {}
     for group in _groups(gm.graph, evaluate):
         producers = [node for node in group.members if CONDENSED in node.meta]
         ablated = sum(node.meta[CONDENSED].n_ablated for node in producers)
@@ -96,9 +101,9 @@ def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if bool(read.all()):
             continue
         for node, place in group.members.items():
-            _narrow(gm, node, place, read, evaluate)
+            _narrow(gm, node, place, read, evaluate, selected)
         for reader, inner in group.readers.items():
-            _select(gm, reader, evaluate, columns=read.repeat_interleave(inner))
+            _select(gm, reader, evaluate, selected, columns=read.repeat_interleave(inner))
         detail = f"{len(read)} -> {int(read.sum())} neurons"
         rewritten += [Rewrite(node.meta[LAYER].name, "narrowed", detail=detail) for node in producers]
     return PassResult(tuple(rewritten), tuple(skipped))
@@ -209,10 +214,17 @@ def _neurons_read(reader: fx.Node, inner: int) -> Tensor:
     return mask.transpose(0, 1).flatten(1).any(1).view(-1, inner).any(1)
 
 
-def _narrow(gm: fx.GraphModule, node: fx.Node, place: _Place, read: Tensor, evaluate: Evaluator) -> None:
+def _narrow(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    place: _Place,
+    read: Tensor,
+    evaluate: Evaluator,
+    selected: _Selected,
+) -> None:
     """Restrict a member of a group to the neurons in `read`: its weight or constants, and the value it stands for."""
     if CONDENSED in node.meta:
-        _select(gm, node, evaluate, rows=read)
+        _select(gm, node, evaluate, selected, rows=read)
     else:
         out = tensor_meta(node)
         assert out is not None
@@ -240,14 +252,22 @@ def _select(
     gm: fx.GraphModule,
     node: fx.Node,
     evaluate: Evaluator,
+    selected: _Selected,
     *,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> None:
-    """Keep only these neurons (bool [out]) or these inputs (bool [in]) of a masked layer."""
+    """Keep only these neurons (bool [out]) or these inputs (bool [in]) of a masked layer, once however often called."""
     weight: CondensedWeight = node.meta[CONDENSED]
-    dense, mask = weight.to_dense(), weight.mask()
     bias = bind_arguments(node)["bias"]
+    key = (node.args[1], bias, *(None if kept is None else tuple(kept.tolist()) for kept in (rows, columns)))
+    if key in selected:
+        arguments, weight = selected[key]
+        node.args = (node.args[0], *arguments, *node.args[3:])
+        node.meta[CONDENSED] = weight
+        node.meta[LAYER] = node.meta[LAYER].with_weight(weight.shape, weight.nnz)
+        return
+    dense, mask = weight.to_dense(), weight.mask()
     bias_value = None if bias is None else evaluate(bias)
     if rows is not None:
         dense, mask = dense[rows], mask[rows]
@@ -255,3 +275,8 @@ def _select(
     if columns is not None:
         dense, mask = dense[:, columns], mask[:, columns]
     set_layer_weight(gm, node, CondensedWeight.from_dense(dense, mask), bias_value)
+    selected[key] = node.args[1:3], node.meta[CONDENSED]
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for constant in node.args[1:3]:
+        if isinstance(constant, fx.Node):
+            first.prepend(constant)  # before whichever call takes it next

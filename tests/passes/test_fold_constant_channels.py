@@ -150,3 +150,22 @@ def test_a_function_in_place_is_followed() -> None:
     x = randn(5, 64)
     gm = graph_of(model, x)
     assert len(run(gm, fold_constant_channels, inputs=(x,)).rewritten) == 1
+
+
+def test_a_layer_called_with_the_same_constants_is_folded_once() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = sparse_linear(64, 32, 6, ablated=4), sparse_linear(32, 16, 20)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            h, other = self.a(x), self.a(-x)
+            return self.b(h.relu()), self.b(other.relu()), self.b(h.tanh())
+
+    x = randn(5, 64)
+    gm = graph_of(Model(), x)
+    assert len(run(gm, fold_constant_channels, inputs=(x,)).rewritten) == 3
+    first, second, third = (node.args[1:3] for node in calls(gm, aten.linear.default)[2:])
+    assert first == second
+    assert first[0] is not third[0]  # tanh is another constant
+    assert not set(first) & set(third)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fanin_compile.condense import condense
 from fanin_compile.export import _drop_asserts
 from fanin_compile.graph import CONDENSED, PassResult, run_pipeline
+from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
@@ -307,6 +308,26 @@ def test_nothing_ablated_nothing_removed() -> None:
     gm = graph_of(model, x)
     assert run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,)).rewritten == ()
     assert _shapes(gm) == [(32, 64), (16, 32)]
+
+
+def test_layers_called_twice_are_narrowed_once() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = sparse_linear(64, 32, 6, ablated=4), sparse_linear(32, 24, 20, ablated=2)
+            self.c = sparse_linear(24, 8, 15)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            once, again = self.a(x), self.a(-x)
+            return self.c(self.b(again.relu()).relu()), self.c(self.b(once.relu()).relu())
+
+    x = randn(5, 64)
+    gm = graph_of(Model(), x)
+    run(gm, fold_constant_channels, remove_unread_neurons, condense_linear, inputs=(x,))
+    packed = calls(gm, torch.ops.fanin.gather_matmul.default)
+    assert [node.args[4] for node in packed] == [28, 28, 22, 8, 22, 8]
+    for part in (1, 2, 3):  # values, structure, bias
+        assert len({node.args[part] for node in packed}) == 3
 
 
 def test_both_doors_narrow_through_a_flatten() -> None:

@@ -119,6 +119,8 @@ def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
         if CONDENSED in node.meta and (dim := channel_dim(node)) is not None:
             channels[node] = _Place(dim)
             ties.add_node(node)
+            if not _bias_is_known(node, evaluate):
+                pinned[node] = f"the bias of {node.name} is not constant"
         elif (place := _flattened(node, channels)) is not None:
             channels[node] = place
             ties.add_edge(node, node.args[0])
@@ -133,7 +135,7 @@ def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
         for user in node.users:
             if user in channels and ties.has_edge(node, user):
                 continue
-            if _reads(user, node, channels[node]):
+            if _reads(user, node, channels[node]) and _bias_is_known(user, evaluate):
                 readers.setdefault(node, []).append(user)
             else:
                 pinned[node] = f"{node.name} is read whole by {user.name} ({_op_name(user)})"
@@ -166,6 +168,11 @@ def _flattened(node: fx.Node, channels: dict[fx.Node, _Place]) -> _Place | None:
     if not statically_known_true(sym_eq(expected, tuple(after.shape))):
         return None
     return _Place(dim, place.inner * math.prod(merged[1:]))
+
+
+def _bias_is_known(layer: fx.Node, evaluate: Evaluator) -> bool:
+    bias = bind_arguments(layer)["bias"]
+    return bias is None or evaluate(bias) is not None
 
 
 def _op_name(node: fx.Node) -> str:

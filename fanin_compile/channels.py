@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fanin_compile.graph import CONDENSED, Evaluator, bind_arguments, tensor_meta
+from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, tensor_meta
 
 aten = torch.ops.aten
 
@@ -96,11 +96,7 @@ def channel_dim(node: fx.Node) -> int | None:
     meta = tensor_meta(node)
     if meta is None:
         return None
-    return meta.ndim - (1 if node.target is aten.linear.default else _spatial_dims(node) + 1)
-
-
-def _spatial_dims(node: fx.Node) -> int:
-    return int(str(node.target).split("conv")[1][0])  # aten.conv2d.default
+    return meta.ndim - (1 if node.target is aten.linear.default else CONVOLUTIONS[node.target] + 1)
 
 
 def _layer(node: fx.Node, evaluate: Evaluator) -> Channels | None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
@@ -27,6 +27,13 @@ from fanin_compile.packing import gate_rows, pack
 from fanin_compile.records import Layer, Rewrite, Skip
 
 log = logging.getLogger("fanin_compile")
+
+# the forward convolutions of captured graphs, each with its number of kernel dimensions
+CONVOLUTIONS = {
+    getattr(getattr(torch.ops.aten, f"conv{dims}d"), overload): dims
+    for overload in ("default", "padding")
+    for dims in (1, 2, 3)
+}
 
 # node.meta keys; replace_node carries them over, so they survive every rewrite of a node
 LAYER = "fanin_layer"  # the Layer it computes
@@ -224,10 +231,15 @@ def bind_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def set_layer_weight(gm: fx.GraphModule, node: fx.Node, weight: CondensedWeight, bias: Tensor | None) -> None:
-    """Give a linear or convolution node a new constant weight and bias; both are shared with no other node."""
+    """Give a linear or convolution node a new constant weight and bias, registered for it."""
     dense = add_constant(gm, node, f"{node.name}_weight", weight.to_dense())
     bias_node = None if bias is None else add_constant(gm, node, f"{node.name}_bias", bias)
-    node.args = (node.args[0], dense, bias_node, *node.args[3:])
+    use_layer_weight(node, (dense, bias_node), weight)
+
+
+def use_layer_weight(node: fx.Node, constants: Sequence[Argument], weight: CondensedWeight) -> None:
+    """Give a linear or convolution node the weight and bias nodes of `constants`, which stand for `weight`."""
+    node.args = (node.args[0], *constants, *node.args[3:])
     node.meta[CONDENSED] = weight
     node.meta[LAYER] = node.meta[LAYER].with_weight(weight.shape, weight.nnz)
 

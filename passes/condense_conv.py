@@ -15,6 +15,7 @@ from torch import fx
 
 from fanin_compile.graph import (
     CONDENSED,
+    CONVOLUTIONS,
     LAYER,
     ConstantNodes,
     Context,
@@ -26,14 +27,6 @@ from fanin_compile.graph import (
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
-TARGETS = {
-    aten.conv1d.default: 1,
-    aten.conv2d.default: 2,
-    aten.conv3d.default: 3,
-    aten.conv1d.padding: 1,
-    aten.conv2d.padding: 2,
-    aten.conv3d.padding: 3,
-}
 
 
 def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
@@ -42,9 +35,9 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
     constants = ConstantNodes(gm)
     for node in list(gm.graph.nodes):
         layer, weight = node.meta.get(LAYER), node.meta.get(CONDENSED)
-        if node.target not in TARGETS or layer is None or weight is None:
+        if node.target not in CONVOLUTIONS or layer is None or weight is None:
             continue
-        x, dense, bias, stride, padding, dilation, groups = _arguments(node, TARGETS[node.target])
+        x, dense, bias, stride, padding, dilation, groups = _arguments(node, CONVOLUTIONS[node.target])
         kernel = weight.shape[2:]
         pads = _numeric_padding(padding, kernel, dilation)
         refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
+    CONVOLUTIONS,
     LAYER,
     Context,
     Evaluator,
@@ -37,14 +38,6 @@ from fanin_compile.graph import (
 from fanin_compile.records import Layer, Rewrite, Skip
 
 aten = torch.ops.aten
-CONVOLUTIONS = {
-    aten.conv1d.default: "conv1d",
-    aten.conv2d.default: "conv2d",
-    aten.conv3d.default: "conv3d",
-    aten.conv1d.padding: "conv1d",
-    aten.conv2d.padding: "conv2d",
-    aten.conv3d.padding: "conv3d",
-}
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 # operators which hold whole layers, with all their weights as arguments
 OPAQUE = (aten._native_multi_head_attention.default,)
@@ -130,7 +123,7 @@ def _sites(graph: fx.Graph) -> Iterator[_Site]:
             yield _Site(node, "linear", args[0], args[1], args[2] if len(args) > 2 else None)
         elif node.target in CONVOLUTIONS:
             bias = args[2] if len(args) > 2 else None
-            yield _Site(node, CONVOLUTIONS[node.target], args[0], args[1], bias)
+            yield _Site(node, f"conv{CONVOLUTIONS[node.target]}d", args[0], args[1], bias)
         elif node.target is aten.addmm.default and not node.kwargs and _rank(args[0]) == 1:
             yield _Site(node, "linear", args[1], args[2], args[0], transposed=True)
         elif node.target in (aten.mm.default, aten.matmul.default) and _rank(args[1]) == 2:

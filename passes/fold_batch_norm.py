@@ -18,6 +18,7 @@ from torch import fx
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
+    CONVOLUTIONS,
     LAYER,
     Context,
     Evaluator,
@@ -30,10 +31,6 @@ from fanin_compile.graph import (
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
-CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-)
 
 
 def fold_batch_norm(gm: fx.GraphModule, ctx: Context) -> PassResult:

@@ -24,6 +24,7 @@ from fanin_compile.graph import (
     overwritten,
     set_layer_weight,
     tensor_meta,
+    use_layer_weight,
 )
 from fanin_compile.records import Rewrite, Skip
 
@@ -89,10 +90,7 @@ def _fold(
     constants = str(torch.where(fold, channels.values, torch.inf).tolist())
     same = folded.setdefault((bound["weight"], bound["bias"], constants), node)
     if same is not node:
-        node.args = (node.args[0], *same.args[1:3], *node.args[3:])
-        shared: CondensedWeight = same.meta[CONDENSED]
-        node.meta[CONDENSED] = shared
-        node.meta[LAYER] = node.meta[LAYER].with_weight(shared.shape, shared.nnz)
+        use_layer_weight(node, same.args[1:3], same.meta[CONDENSED])
         return int((read & fold).sum())
     dense = weight.to_dense()
     new_bias = _with_constants(dense, fold, channels.values, bias)

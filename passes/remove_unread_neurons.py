@@ -43,6 +43,7 @@ from fanin_compile.graph import (
     renew_value,
     set_layer_weight,
     tensor_meta,
+    use_layer_weight,
 )
 from fanin_compile.records import Rewrite, Skip
 
@@ -269,10 +270,7 @@ def _select(
     bias = bind_arguments(node)["bias"]
     key = (node.args[1], bias, *(None if kept is None else tuple(kept.tolist()) for kept in (rows, columns)))
     if key in selected:
-        arguments, weight = selected[key]
-        node.args = (node.args[0], *arguments, *node.args[3:])
-        node.meta[CONDENSED] = weight
-        node.meta[LAYER] = node.meta[LAYER].with_weight(weight.shape, weight.nnz)
+        use_layer_weight(node, *selected[key])
         return
     dense, mask = weight.to_dense(), weight.mask()
     bias_value = None if bias is None else evaluate(bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fanin_compile.bench.contenders import CONTENDERS
-from fanin_compile.bench.measure import DisagreementError
+from fanin_compile.bench.measure import expect_agreement
 from fanin_compile.timing import Timing, interleaved, threads
 
 
@@ -69,8 +69,4 @@ def _check(alone: LayersAlone, inputs: list[Tensor], outputs: Mapping[str, objec
         exact = copy.deepcopy(layer).double()(x[:1].double())
         for name, output in outputs.items():
             assert isinstance(output, list)
-            error = float((output[i][:1] - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
-            if not error < 1e-4:
-                raise DisagreementError(
-                    f"layer {i} of {name} alone is off by {error:.1e} of its largest output, expected less than 1e-4"
-                )
+            expect_agreement(f"layer {i} of {name} alone", output[i][:1], exact)

@@ -136,11 +136,16 @@ def _check(model: nn.Module, x: Tensor, outputs: Mapping[str, object], rows: int
     exact = copy.deepcopy(model).double()(few)
     for name, output in outputs.items():
         assert isinstance(output, Tensor)
-        error = float((output[:rows] - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
-        if not error < 1e-4:
-            raise DisagreementError(
-                f"{name} is off by {error:.1e} of the largest output, expected less than 1e-4"
-            )
+        expect_agreement(name, output[:rows], exact)
+
+
+def expect_agreement(name: str, output: Tensor, exact: Tensor) -> None:
+    """Raises: DisagreementError where `output` is off by 1e-4 or more of the largest of `exact`, or NaN."""
+    error = float((output - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+    if not error < 1e-4:
+        raise DisagreementError(
+            f"{name} is off by {error:.1e} of the largest output, expected less than 1e-4"
+        )
 
 
 def nnz_of(model: nn.Module) -> int:

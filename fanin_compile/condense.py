@@ -26,7 +26,9 @@ from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
 from fanin_compile.options import VALUES_DTYPES
 from fanin_compile.packed import LEAST_BYTES
+from fanin_compile.packed_conv import CODE_BYTES, MAX_TAPS
 from fanin_compile.packing import pack
+from fanin_compile.packing_conv import pack_conv
 from fanin_compile.records import Layer, Skip
 
 log = logging.getLogger("fanin_compile")
@@ -126,9 +128,8 @@ def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
             return Skip(layer.name, "excluded by filter_fn")
         fan_in = math.prod(layer.shape[1:])
         size = layer.dense_bytes // layer.dense_size if layer.dense_bytes else 4
-        condensed = layer.nnz * (size + index_dtype(fan_in).itemsize) + (
-            LEAST_BYTES if layer.op == "linear" else 0
-        )
+        entry = index_dtype(fan_in).itemsize if layer.op == "linear" else CODE_BYTES
+        condensed = layer.nnz * (size + entry) + LEAST_BYTES
         if condensed >= size * layer.dense_size:
             return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
         return None
@@ -198,7 +199,11 @@ def _candidate(
     if (padding := getattr(module, "padding", None)) == "same" and _uneven(module):
         return left("'same' padding is uneven", kernel=module.kernel_size, padding=padding)
     weight = CondensedWeight.from_dense(*masked.by_neuron())
-    if (nbytes := _stored_bytes(weight)) >= weight.dense_nbytes:
+    if (taps := math.prod(weight.shape[2:])) > MAX_TAPS:
+        return left("its kernel has more taps than codes tell apart", taps=taps, most=MAX_TAPS)
+    # packing takes time: it is done only where its bytes decide, at most about thrice the condensed
+    nbytes = 3 * weight.nbytes + LEAST_BYTES
+    if nbytes >= weight.dense_nbytes and (nbytes := packed_nbytes(module, weight)) >= weight.dense_nbytes:
         return left(
             "would not shrink", sparsity=f"{weight.sparsity:.1%}", bytes=nbytes, dense=weight.dense_nbytes
         )
@@ -207,11 +212,21 @@ def _candidate(
     return Candidate(name, module, masked, weight, None)
 
 
-def _stored_bytes(weight: CondensedWeight) -> int:
-    """As a layer stores it: linears packed. Counted only where that decides, at most about thrice the condensed."""
-    if len(weight.shape) > 2 or 3 * weight.nbytes + LEAST_BYTES < weight.dense_nbytes:
-        return weight.nbytes
+def packed_nbytes(module: nn.Module, weight: CondensedWeight) -> int:
+    """Bytes of the layer that condense() makes of a module, without its bias."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return pack_conv(weight, **_geometry(module)).nbytes
     return pack(weight).nbytes
+
+
+def _geometry(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> dict[str, Any]:
+    """stride, padding in numbers, dilation and groups."""
+    padding = conv.padding
+    if padding == "same":
+        padding = tuple(d * (k - 1) // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    elif isinstance(padding, str):  # valid
+        padding = (0,) * len(conv.kernel_size)
+    return {"stride": conv.stride, "padding": padding, "dilation": conv.dilation, "groups": conv.groups}
 
 
 def _uneven(module: nn.Module) -> bool:
@@ -294,22 +309,7 @@ def _condensed_layer(candidate: Candidate, values_dtype: torch.dtype | None) -> 
     trainable = any(p.requires_grad for name, p in module.named_parameters() if "bias" not in name)
     layer: CondensedLayer
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        padding = module.padding
-        if padding == "same":
-            padding = tuple(
-                d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)
-            )
-        elif isinstance(padding, str):  # valid
-            padding = (0,) * len(module.kernel_size)
-        layer = CondensedConv(
-            weight,
-            bias,
-            stride=module.stride,
-            padding=padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            requires_grad=trainable,
-        )
+        layer = CondensedConv(weight, bias, **_geometry(module), requires_grad=trainable)
     else:
         layer = CondensedLinear(weight, bias, requires_grad=trainable)
     _carry_hooks(module, layer)

@@ -36,6 +36,7 @@ from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels import build
 from fanin_compile.packed import Packed
 from fanin_compile.packing import pack
+from fanin_compile.packing_conv import pack_conv
 from fanin_compile.records import Layer, Skip
 
 Gate = Callable[[Layer], Skip | None]
@@ -175,11 +176,12 @@ def _linear_rates(batch: int, seconds: float, copies: int) -> tuple[float, float
 def _conv_rates(out: int, channels: int, kernel: int, size: int, seconds: float) -> tuple[float, float]:
     dense, weight = _masked((out, channels, kernel, kernel))
     x, padding = torch.randn(1, channels, size, size), kernel // 2
-    parts = (weight.values, weight.indices, weight.row_ptr, weight.rows)
-    geometry = (list(weight.shape), [1, 1], [padding, padding], [1, 1], 1)
+    pads, ones = [padding, padding], [1, 1]
+    packed = pack_conv(weight, stride=ones, padding=pads, dilation=ones, groups=1)
+    args = (x, packed.values, packed.structure, None, weight.shape, ones, pads, ones, 1)
     return _rates(
         lambda: F.conv2d(x, dense, padding=padding),
-        lambda: torch.ops.fanin.gather_conv(x, *parts, None, *geometry),
+        lambda: torch.ops.fanin.gather_conv(*args),
         size * size * dense.numel(),
         size * size * weight.nnz,
         seconds,

@@ -12,7 +12,9 @@ from fanin_compile import ops, ops_conv  # noqa: F401  (they define the operator
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FormatError
 from fanin_compile.packed import Packed, unpack
+from fanin_compile.packed_conv import unpack_conv
 from fanin_compile.packing import pack
+from fanin_compile.packing_conv import pack_conv
 
 
 class CondensedLayer(nn.Module):
@@ -127,11 +129,12 @@ class CondensedLinear(CondensedLayer):
 
 
 class CondensedConv(CondensedLayer):
-    """nn.Conv1d, nn.Conv2d or nn.Conv3d (groups included) with a condensed weight; zero padding only."""
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d (groups included) with a condensed weight; zero padding only.
 
-    indices: Tensor
-    row_ptr: Tensor | None
-    rows: Tensor | None
+    It holds the weight packed (fanin_compile.packing_conv): `values` in the order of the kernel, `structure` as bytes.
+    """
+
+    structure: Tensor
 
     def __init__(
         self,
@@ -144,22 +147,23 @@ class CondensedConv(CondensedLayer):
         groups: int,
         requires_grad: bool = False,
     ) -> None:
-        structure = {"indices": weight.indices, "row_ptr": weight.row_ptr, "rows": weight.rows}
-        super().__init__(weight.shape, weight.values, structure, bias, requires_grad=requires_grad)
+        packed = pack_conv(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        super().__init__(
+            weight.shape, packed.values, {"structure": packed.structure}, bias, requires_grad=requires_grad
+        )
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         # models read these of their convolutions, to pad by hand for one
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
         self.kernel_size, self.padding_mode = weight.shape[2:], "zeros"
 
     def _condensed(self, values: Tensor, structure: Mapping[str, Tensor | None]) -> CondensedWeight:
-        indices = structure["indices"]
-        assert indices is not None
-        return CondensedWeight(values, indices, structure["row_ptr"], structure["rows"], self.shape)
+        bytes_ = structure["structure"]
+        assert bytes_ is not None
+        return unpack_conv(Packed(values, bytes_), self.shape[2:])
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_conv(
-            self._cast(x),
-            *(self.values, self.indices, self.row_ptr, self.rows, self.bias),
+            *(self._cast(x), self.values, self.structure, self.bias),
             *(self.shape, self.stride, self.padding, self.dilation, self.groups),
         )
         return y

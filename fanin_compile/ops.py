@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .errors import BuildError, FormatError
 from .kernels import build
-from .packed import Header, decode
+from .packed import decode
+from .packed_conv import decode_conv
 
 log = logging.getLogger("fanin_compile")
 aten = torch.ops.aten
@@ -71,47 +72,49 @@ _library.define("gather_matmul_reference" + _ARGUMENTS)
 _library.define("gather_matmul_with_grad" + _ARGUMENTS)
 # what its backward needs of a structure, whose contents a tracer cannot see
 _library.define(
-    "packed_to_dense(Tensor values, Tensor structure, int out_features, int in_features) -> Tensor",
+    "packed_to_dense(Tensor values, Tensor structure, int[] shape) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "dense_to_packed(Tensor dense, Tensor structure, int entries) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define("gather_matmul_scratch_nbytes() -> int")
+_library.define("scratch_nbytes() -> int")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
 
 
-def _packed_to_dense(values: Tensor, structure: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The dense weight [out, in]."""
-    header, index, entry = decode(structure)
-    _expect_shape(header, out_features, in_features)
-    if values.ndim != 1 or len(values) < header.entries:
-        raise FormatError(
-            f"values has shape {tuple(values.shape)}, expected at least {header.entries} elements"
-        )
-    dense = values.new_zeros(out_features * in_features)
+def decode_any(structure: Tensor, shape: Sequence[int]) -> tuple[int, Tensor, Tensor]:
+    """A linear weight's structure, or a convolution's, in plain tensors.
+
+    Returns: the number of entries; int64 [nnz], places in the flattened dense weight; int64 [nnz], their entries.
+
+    Raises:
+        FormatError: a damaged structure, or a weight of another shape.
+    """
+    header, index, entry = decode(structure) if len(shape) == 2 else decode_conv(structure)
+    if not header.fits(shape):
+        raise FormatError(f"weight has shape {tuple(shape)}, expected that of the packed one: {header.size}")
+    return header.entries, index, entry
+
+
+def packed_to_dense(values: Tensor, structure: Tensor, shape: Sequence[int]) -> Tensor:
+    """The dense weight of `shape`. FormatError if the parts do not fit together."""
+    entries, index, entry = decode_any(structure, shape)
+    if values.ndim != 1 or len(values) < entries:
+        raise FormatError(f"values has shape {tuple(values.shape)}, expected at least {entries} elements")
+    dense = values.new_zeros(math.prod(shape))
     dense[index] = values[entry]
-    return dense.view(out_features, in_features)
+    return dense.view(list(shape))
 
 
 def _dense_to_packed(dense: Tensor, structure: Tensor, entries: int) -> Tensor:
-    """What stands in a dense [out, in] where the packed weight has its values, in their order [entries]."""
-    header, index, entry = decode(structure)
-    _expect_shape(header, *dense.shape)
+    """What stands in a dense weight where the packed one has its values, in their order [entries]."""
+    _, index, entry = decode_any(structure, dense.shape)
     packed = dense.new_zeros(entries)
     packed[entry] = dense.flatten()[index]
     return packed
-
-
-def _expect_shape(header: Header, out_features: int, in_features: int) -> None:
-    if (header.out, header.in_) != (out_features, in_features):
-        raise FormatError(
-            f"out_features, in_features are {out_features}, {in_features}, "
-            f"expected the packed weight's {header.out}, {header.in_}"
-        )
 
 
 def reference_gather_matmul(
@@ -128,7 +131,7 @@ def reference_gather_matmul(
     Args: see gather_matmul. The weight is made dense: one [out, in] of memory.
     """
     wide = functools.reduce(torch.promote_types, (x.dtype, values.dtype, torch.float32))
-    dense = _packed_to_dense(values, structure, out_features, x.shape[-1]).to(wide)
+    dense = packed_to_dense(values, structure, (out_features, x.shape[-1])).to(wide)
     z = x.to(wide) @ dense.t()
     if bias is not None:
         z = z + bias.to(wide)
@@ -183,8 +186,8 @@ def native_available() -> bool:
 
 
 def scratch_nbytes() -> int:
-    """Most bytes of scratch that one thread has held for the linear kernels so far; 0 without native kernels."""
-    return int(torch.ops.fanin.gather_matmul_scratch_nbytes()) if native_available() else 0
+    """Most bytes of scratch that one thread has held for the kernels so far; 0 without native kernels."""
+    return int(torch.ops.fanin.scratch_nbytes()) if native_available() else 0
 
 
 def require_native() -> None:
@@ -236,7 +239,7 @@ class _GatherMatmul(torch.autograd.Function):
         by_residual = grad.to(residual.dtype) if wants_residual else None
         by_x = by_values = None
         if wants_x:
-            dense = torch.ops.fanin.packed_to_dense(values, structure, ctx.out_features, x.shape[-1])
+            dense = torch.ops.fanin.packed_to_dense(values, structure, [ctx.out_features, x.shape[-1]])
             by_x = (g @ dense.to(wide)).view(x.shape).to(x.dtype)
         if wants_values:
             by_dense = g.t() @ x.reshape(len(g), x.shape[-1]).to(wide)  # [out, in]
@@ -292,16 +295,16 @@ def _save_structure(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _packed_to_dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (structure,) = ctx.saved_tensors
-    return torch.ops.fanin.dense_to_packed(grad, structure, *ctx.shape), None, None, None
+    return torch.ops.fanin.dense_to_packed(grad, structure, *ctx.shape), None, None
 
 
 def _dense_to_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (structure,) = ctx.saved_tensors
-    return torch.ops.fanin.packed_to_dense(grad, structure, *ctx.shape), None, None
+    return torch.ops.fanin.packed_to_dense(grad, structure, list(ctx.shape)), None, None
 
 
-def _fake_packed_to_dense(values: Tensor, structure: Tensor, out_features: int, in_features: int) -> Tensor:
-    return values.new_empty(out_features, in_features)
+def _fake_packed_to_dense(values: Tensor, structure: Tensor, shape: list[int]) -> Tensor:
+    return values.new_empty(shape)
 
 
 def _fake_dense_to_packed(dense: Tensor, structure: Tensor, entries: int) -> Tensor:
@@ -314,7 +317,7 @@ _library.impl(
 _library.impl("gather_matmul", _with_grad, "Autograd")  # any device; C++ takes AutogradCPU
 _library.impl("gather_matmul_reference", reference_gather_matmul, "CompositeExplicitAutograd")
 _library.impl("gather_matmul_with_grad", _with_grad, "CompositeImplicitAutograd")
-_library.impl("packed_to_dense", _packed_to_dense, "CompositeExplicitAutograd")
+_library.impl("packed_to_dense", packed_to_dense, "CompositeExplicitAutograd")
 _library.impl("dense_to_packed", _dense_to_packed, "CompositeExplicitAutograd")
 torch.library.register_fake("fanin::gather_matmul", _fake_gather_matmul, lib=_library)
 torch.library.register_fake("fanin::packed_to_dense", _fake_packed_to_dense, lib=_library)

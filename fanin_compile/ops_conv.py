@@ -1,11 +1,11 @@
 """The condensed convolution operator: schema, plain-torch reference, fake kernel, autograd, flop formula.
 
-    gather_conv(x, values, indices, row_ptr?, rows?, bias?, weight_shape, stride, padding, dilation, groups, ...)
+    gather_conv(x, values, structure, bias?, weight_shape, stride, padding, dilation, groups, activation, residual?)
         y = activation(conv(x, W) + bias + residual)
 
-for W of weight_shape [out, in/groups, *kernel] in condensed form; 1d, 2d and 3d by its length. As for the linear
-operators (ops.py), the first call on CPU builds and loads the C++ kernels, which take over the CPU and AutogradCPU
-keys; the reference serves everything else.
+for W of weight_shape [out, in/groups, *kernel], packed (packing_conv.py); 1d, 2d and 3d by its length. As for linear
+weights (ops.py), the first call on CPU builds and loads the C++ kernels, which take over the CPU and AutogradCPU keys;
+the reference serves everything else.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
-from .condensed import CondensedWeight
-from .ops import ACTIVATIONS, native_available, until_native
+from .ops import ACTIVATIONS, packed_to_dense, until_native
 
 aten = torch.ops.aten
 
 _ARGUMENTS = (
-    "(Tensor x, Tensor values, Tensor indices, Tensor? row_ptr, Tensor? rows, Tensor? bias, int[] weight_shape, "
+    "(Tensor x, Tensor values, Tensor structure, Tensor? bias, int[] weight_shape, "
     "int[] stride, int[] padding, int[] dilation, int groups, "
     'str activation="none", Tensor? residual=None) -> Tensor'
 )
@@ -36,38 +35,9 @@ _library.define("gather_conv" + _ARGUMENTS, tags=(torch.Tag.needs_exact_strides,
 # Called by the C++ kernels: for dtypes they do not know, and when a gradient is wanted.
 _library.define("gather_conv_reference" + _ARGUMENTS)
 _library.define("gather_conv_with_grad" + _ARGUMENTS)
-_library.define("gather_conv_plan_nbytes() -> int")
-_library.define("gather_conv_scratch_nbytes() -> int")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
-
-
-def _row_of_each(row_ptr: Tensor, nnz: int) -> Tensor:
-    counts = row_ptr.diff().to(torch.int64)
-    return torch.repeat_interleave(torch.arange(len(counts), device=row_ptr.device), counts, output_size=nnz)
-
-
-def _dense_index(
-    indices: Tensor, row_ptr: Tensor | None, rows: Tensor | None, weight_shape: Sequence[int]
-) -> Tensor:
-    """int64 [nnz]: where each value stands in the flattened dense weight; traceable, without reading data."""
-    nnz = indices.numel()
-    if row_ptr is None:
-        row = torch.arange(indices.shape[0], device=indices.device).repeat_interleave(
-            indices.shape[1], output_size=nnz
-        )
-    else:
-        row = _row_of_each(row_ptr, nnz)
-    if rows is not None:
-        row = rows.to(torch.int64)[row]
-    return row * math.prod(weight_shape[1:]) + indices.flatten().to(torch.int64)
-
-
-def _to_dense(values: Tensor, index: Tensor, weight_shape: Sequence[int]) -> Tensor:
-    """Of weight_shape, with repeated indices added up."""
-    dense = values.new_zeros(math.prod(weight_shape))
-    return dense.scatter_add_(0, index, values.flatten()).view(list(weight_shape))
 
 
 def _memory_format(x: Tensor, dims: int) -> torch.memory_format:
@@ -88,9 +58,7 @@ def _empty_output(x: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
 def reference_gather_conv(
     x: Tensor,
     values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor | None,
-    rows: Tensor | None,
+    structure: Tensor,
     bias: Tensor | None,
     weight_shape: Sequence[int],
     stride: Sequence[int],
@@ -100,12 +68,12 @@ def reference_gather_conv(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """gather_conv by scattering to a dense weight; any floating dtype and device, half precision in fp32.
+    """gather_conv with the weight made dense; any floating dtype and device, half precision in fp32.
 
     Args: see gather_conv.
     """
     wide = functools.reduce(torch.promote_types, (x.dtype, values.dtype, torch.float32))
-    weight = _to_dense(values.to(wide), _dense_index(indices, row_ptr, rows, weight_shape), weight_shape)
+    weight = packed_to_dense(values.to(wide), structure, weight_shape)
     dims = len(weight_shape) - 2
     batch = x.unsqueeze(0) if x.ndim == dims + 1 else x
     z: Tensor = aten.convolution(
@@ -124,59 +92,39 @@ def reference_gather_conv(
 
 def gather_conv(
     x: Tensor,
-    weight: CondensedWeight,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
+    values: Tensor,
+    structure: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(conv(x, weight) + bias + residual) for a condensed weight [out, in/groups, *kernel].
+    """activation(conv(x, W) + bias + residual) for a packed W [out, in/groups, *kernel].
 
     Args:
         x: [batch, in, *size] or [in, *size], contiguous or channels_last; other strides are copied.
-        weight: 1 to 3 kernel dimensions.
+        values, structure: of packing_conv.pack_conv. A weight packed for a pointwise layer (kernel and stride 1, no
+            padding) runs through the reference if it is called with another stride or padding.
         bias: [out].
-        stride, padding, dilation: one number or one for each dimension; padding is with zeros.
+        weight_shape: 1 to 3 kernel dimensions.
+        stride, padding, dilation: one number for each dimension; padding is with zeros.
         activation: a key of ops.ACTIVATIONS.
         residual: of the output's shape, added before the activation.
 
     Returns: [batch, out, *size] in x's dtype and memory format; sums are kept in fp32. Output channels without a
         single non-zero are activation(bias + residual).
+
+    Raises:
+        ValueError: parts that do not fit together, a structure of another version, an unknown activation.
     """
-    dims = len(weight.shape) - 2
-
-    def each(number: int | Sequence[int]) -> list[int]:
-        return [number] * dims if isinstance(number, int) else list(number)
-
     y: Tensor = torch.ops.fanin.gather_conv(
-        x,
-        weight.values,
-        weight.indices,
-        weight.row_ptr,
-        weight.rows,
-        bias,
-        list(weight.shape),
-        each(stride),
-        each(padding),
-        each(dilation),
-        groups,
-        activation,
-        residual,
+        x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual
     )
     return y
-
-
-def plan_nbytes() -> int:
-    """Bytes of the plans that the native kernels keep for weights still alive; 0 where there are no native kernels."""
-    return int(torch.ops.fanin.gather_conv_plan_nbytes()) if native_available() else 0
-
-
-def scratch_nbytes() -> int:
-    """Most bytes of scratch that one thread needs in a call, over the plans kept; 0 without native kernels."""
-    return int(torch.ops.fanin.gather_conv_scratch_nbytes()) if native_available() else 0
 
 
 # ---- registration ----------------------------------------------------------------------------------------
@@ -189,37 +137,36 @@ class _GatherConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Any, residual: Any, rest: tuple[Any, ...]
     ) -> Tensor:
-        indices, row_ptr, rows, *geometry, activation = rest
-        ctx.save_for_backward(x, values, indices, row_ptr, rows, bias, residual)
+        structure, *geometry, activation = rest
+        ctx.save_for_backward(x, values, structure, bias, residual)
         ctx.geometry, ctx.activation = geometry, activation
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = torch.ops.fanin.gather_conv(
-                x, values, indices, row_ptr, rows, bias, *geometry, activation, residual
+                x, values, structure, bias, *geometry, activation, residual
             )
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, values, indices, row_ptr, rows, bias, residual = ctx.saved_tensors
+        x, values, structure, bias, residual = ctx.saved_tensors
         wants_x, wants_values, wants_bias, wants_residual, _ = ctx.needs_input_grad
         shape, stride, padding, dilation, groups = ctx.geometry
         if ctx.activation != "none":
-            z = torch.ops.fanin.gather_conv(
-                x, values, indices, row_ptr, rows, bias, *ctx.geometry, "none", residual
-            )
+            z = torch.ops.fanin.gather_conv(x, values, structure, bias, *ctx.geometry, "none", residual)
             grad = ACTIVATIONS[ctx.activation].backward(grad, z)
         dims = len(shape) - 2
-        index = _dense_index(indices, row_ptr, rows, shape)
         unbatched = x.ndim == dims + 1
         g, xb = (t.to(values.dtype).unsqueeze(0) if unbatched else t.to(values.dtype) for t in (grad, x))
         by_x, by_weight, _ = aten.convolution_backward(
-            g, xb, _to_dense(values, index, shape), None, stride, padding, dilation, False, [0] * dims, groups,
-            [wants_x, wants_values, False],
+            g, xb, torch.ops.fanin.packed_to_dense(values, structure, shape), None, stride, padding, dilation, False,
+            [0] * dims, groups, [wants_x, wants_values, False],
         )  # fmt: skip
         if wants_x:
             by_x = (by_x.squeeze(0) if unbatched else by_x).to(x.dtype)
-        by_values = by_weight.flatten()[index].view_as(values) if wants_values else None
+        by_values = None
+        if wants_values:
+            by_values = torch.ops.fanin.dense_to_packed(by_weight, structure, values.shape[0])
         by_bias = g.sum([0, *range(2, dims + 2)]).to(bias.dtype) if wants_bias else None
         by_residual = grad.to(residual.dtype) if wants_residual else None
         return by_x, by_values, by_bias, by_residual, None
@@ -228,9 +175,7 @@ class _GatherConv(torch.autograd.Function):
 def _with_grad(
     x: Tensor,
     values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor | None,
-    rows: Tensor | None,
+    structure: Tensor,
     bias: Tensor | None,
     weight_shape: list[int],
     stride: list[int],
@@ -240,7 +185,7 @@ def _with_grad(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    rest = (indices, row_ptr, rows, weight_shape, stride, padding, dilation, groups, activation)
+    rest = (structure, weight_shape, stride, padding, dilation, groups, activation)
     y: Tensor = _GatherConv.apply(x, values, bias, residual, rest)  # type: ignore[no-untyped-call]
     return y
 
@@ -248,9 +193,7 @@ def _with_grad(
 def _fake_gather_conv(
     x: Tensor,
     values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor | None,
-    rows: Tensor | None,
+    structure: Tensor,
     bias: Tensor | None,
     weight_shape: list[int],
     stride: list[int],
@@ -274,8 +217,8 @@ def _fake_gather_conv(
 def _gather_conv_flops(
     x: torch.Size, values: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """Two operations per non-zero, image and output pixel; arguments are shapes."""
-    out_channels = int(args[4][0])
+    """Two operations per packed value, image and output pixel; arguments are shapes."""
+    out_channels = int(args[2][0])
     pixels: int = math.prod(out_shape) // max(out_channels, 1)
     return 2 * math.prod(values) * pixels
 

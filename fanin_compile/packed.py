@@ -18,22 +18,21 @@ kernels/linear.h.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .condensed import CondensedWeight, index_dtype
 from .errors import FormatError
+from .structure import ALIGNMENT, Numbers, expect_sound
 
-VERSION = 0x0FA10003
 GROUP_ROWS = 4
 PAIR = 2 * GROUP_ROWS  # entries of a pair of steps
 NARROW, WIDEST = 255, 65535  # most columns of a chunk whose columns are one byte, and two
 MAX_HEIGHT = 65534  # rows of a block: the number one past them has 16 bits, too
-HEADER_BYTES = 128
-ALIGNMENT = 64  # bytes, of the parts of a structure
-LEAST_BYTES = HEADER_BYTES + 3 * ALIGNMENT  # of a structure with anything in it
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +53,12 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Header:
-    """The int64 numbers at the beginning of a structure, in the order and by the names of kernels/linear.h."""
+class Header(Numbers):
+    """The numbers of a linear weight's structure, by the names of kernels/linear.h."""
 
-    version: int
-    bytes: int
+    VERSION: ClassVar[int] = 0x0FA10003
+    SIZE: ClassVar[int] = 128
+
     out: int
     in_: int
     nnz: int
@@ -72,31 +72,9 @@ class Header:
     columns_at: int
     tile: int
 
-    @classmethod
-    def read(cls, structure: Tensor) -> Header:
-        """FormatError if `structure` is no whole structure of this version."""
-        if structure.dtype != torch.uint8 or structure.ndim != 1 or len(structure) < HEADER_BYTES:
-            raise FormatError(
-                f"structure is {structure.dtype} {tuple(structure.shape)}, "
-                f"expected a packed weight's: torch.uint8, one dimension, at least {HEADER_BYTES} bytes"
-            )
-        numbers = structure[: 8 * len(fields(cls))].clone().view(torch.int64).tolist()  # a copy is aligned
-        header = cls(*numbers)
-        if header.version != VERSION:
-            raise FormatError(
-                f"structure is of version {header.version:#x}, expected {VERSION:#x}: "
-                "pack it anew from the condensed weight"
-            )
-        if header.bytes != len(structure):
-            raise FormatError(
-                f"structure has {len(structure)} bytes, expected {header.bytes}: it was cut off"
-            )
-        header._check()
-        return header
-
-    def _check(self) -> None:
+    def sound(self) -> bool:
         narrow = self.column_bytes == 1
-        sound = (
+        return (
             min(self.out, self.in_, self.nnz, self.entries) >= 0
             and 1 <= self.width <= (NARROW if narrow else WIDEST)
             and self.column_bytes in (1, 2)
@@ -104,16 +82,25 @@ class Header:
             and self.blocks >= 1
             and self.tallest <= MAX_HEIGHT
         )
-        if not sound:
-            raise FormatError(f"structure's header contradicts itself, it is damaged: {self}")
 
     @property
     def tallest(self) -> int:
         """Rows of the largest block."""
         return -(-self.out // self.blocks)
 
+    @property
+    def size(self) -> str:
+        return f"{self.out} x {self.in_}"
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is the structure of a dense weight of that shape."""
+        return tuple(shape) == (self.out, self.in_)
+
     def first_row(self, block: Tensor) -> Tensor:
         return block * self.out // self.blocks
+
+
+LEAST_BYTES = Header.SIZE + 3 * ALIGNMENT  # of a structure with anything in it
 
 
 def unpack(packed: Packed) -> CondensedWeight:
@@ -162,12 +149,7 @@ class _Parts:
         header = Header.read(structure)
 
         def part(name: str, at: int, length: int, dtype: torch.dtype) -> Tensor:
-            end = at + length * dtype.itemsize
-            if length < 0 or at % ALIGNMENT or not HEADER_BYTES <= at <= end <= len(structure):
-                raise FormatError(
-                    f"{name} are bytes {at} to {end} of {len(structure)}: the structure is damaged"
-                )
-            return structure[at:end].clone().view(dtype).to(torch.int64)
+            return header.part(structure, name, at, length, dtype)
 
         count = header.blocks * header.chunks
         segments = part("segments", header.segments_at, 2 * (count + 1), torch.int32).view(-1, 2)
@@ -180,16 +162,18 @@ class _Parts:
     def check(self) -> None:
         """FormatError unless kernels that follow it stay inside their arrays."""
         h, groups, entries = self.header, self.segments[:, 0], self.segments[:, 1]
-        _sound("segments", int(groups[0]) == 0 and bool((groups.diff() >= 0).all()))
+        expect_sound("segments", int(groups[0]) == 0 and bool((groups.diff() >= 0).all()))
         pairs = self.table[:, GROUP_ROWS]
         ends = PAIR * torch.cat([pairs.new_zeros(1), pairs.cumsum(0)])  # [groups + 1]
         rows = self.table[:, :GROUP_ROWS].sort(1).values
         block = torch.repeat_interleave(groups.diff()) // h.chunks
         height = (h.first_row(block + 1) - h.first_row(block))[:, None]  # what stands for no row
         twice = (rows.diff(dim=1) == 0) & (rows[:, 1:] < height)
-        _sound("groups", bool((pairs > 0).all()) and bool((rows <= height).all()) and not bool(twice.any()))
-        _sound("entries", int(ends[-1]) == h.entries and torch.equal(ends[groups], entries))
-        _sound("columns", bool((self.columns <= h.width).all()))
+        expect_sound(
+            "groups", bool((pairs > 0).all()) and bool((rows <= height).all()) and not bool(twice.any())
+        )
+        expect_sound("entries", int(ends[-1]) == h.entries and torch.equal(ends[groups], entries))
+        expect_sound("columns", bool((self.columns <= h.width).all()))
 
     def non_zeros(self) -> tuple[Tensor, Tensor]:
         """See decode. FormatError if entries do not stand where those of their row would."""
@@ -203,22 +187,17 @@ class _Parts:
         run = run_of_lane[group, entry % GROUP_ROWS]
         step = (entry - PAIR * begins(pairs)[group]) // GROUP_ROWS
         counts = torch.bincount(run, minlength=h.out * h.chunks)
-        _sound("rows", len(counts) == h.out * h.chunks and bool((step < counts[run]).all()))
+        expect_sound("rows", len(counts) == h.out * h.chunks and bool((step < counts[run]).all()))
 
         # a run's entries ascend by column, and runs follow each other in a row: no need to sort
         order = torch.zeros_like(entry)
         order[begins(counts)[run] + step] = torch.arange(len(entry), device=entry.device)
         entry, run = entry[order], run[order]
         column = run % h.chunks * h.width + self.columns[entry]
-        _sound("columns", len(column) == h.nnz and bool((column < h.in_).all()))
+        expect_sound("columns", len(column) == h.nnz and bool((column < h.in_).all()))
         return run // h.chunks * h.in_ + column, entry
 
 
 def begins(lengths: Tensor) -> Tensor:
     """Where each of several pieces begins that stand end to end."""
     return lengths.cumsum(0) - lengths
-
-
-def _sound(part: str, holds: bool) -> None:
-    if not holds:
-        raise FormatError(f"{part} of the structure do not fit the rest of it: it is damaged")

@@ -7,20 +7,20 @@ place its run has in its group. Work by non-zeros is a few passes over int32 or 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .condensed import CondensedWeight
 from .errors import FormatError, OptionError
-from .packed import ALIGNMENT, GROUP_ROWS, HEADER_BYTES, NARROW, PAIR, VERSION, WIDEST, Header, Packed, begins
+from .packed import GROUP_ROWS, NARROW, PAIR, WIDEST, Header, Packed, begins
+from .structure import capacity, write
 
 BLOCK_ROWS = 384  # sums of 24 lanes of a block: 36 KiB
 _MAX_BLOCK_ROWS = 2**15  # a block may be half as tall again, below packed.MAX_HEIGHT
 _WIDTHS = (NARROW, 1023, 4095, 16383, WIDEST)
 _WORTHWHILE = 6  # non-zeros of a row in a chunk, on average, below which a wider chunk pays
-_SLACK = 32  # sizes are rounded up by nnz / _SLACK at most, so that most changes of a mask leave them alone
 MAX_TILE = 3
 _INT32_MAX = 2**31 - 1
 
@@ -68,11 +68,11 @@ def pack(
         raise FormatError(f"weight has {groups.entries} entries when packed, expected below 2**31")
 
     entry = _entries(groups, counts)
-    capacity = _capacity(groups.entries, weight.nnz)
+    room = capacity(groups.entries, weight.nnz)
     device = weight.values.device
-    values = weight.values.new_zeros(capacity)
+    values = weight.values.new_zeros(room)
     values.scatter_(0, entry.to(device), weight.values.flatten())
-    columns = torch.full((capacity,), width, dtype=torch.int32)  # fillers read the zero behind a chunk
+    columns = torch.full((room,), width, dtype=torch.int32)  # fillers read the zero behind a chunk
     columns.scatter_(0, entry, position)
     column_dtype = torch.uint8 if width <= NARROW else torch.uint16
     structure = _write(grid, groups, columns.to(column_dtype), weight.nnz, tile)
@@ -188,11 +188,6 @@ def _entries(groups: _Groups, counts: Tensor) -> Tensor:
     return steps.add_(_spread(groups.first_entry - GROUP_ROWS * begins(counts), counts))
 
 
-def _capacity(entries: int, nnz: int) -> int:
-    step = max(64, nnz // _SLACK // 64 * 64)
-    return -(-entries // step) * step
-
-
 def _write(grid: _Grid, groups: _Groups, columns: Tensor, nnz: int, tile: int) -> Tensor:
     """The structure: header, segments, groups, columns."""
     pairs = groups.table[:, -1]
@@ -204,28 +199,22 @@ def _write(grid: _Grid, groups: _Groups, columns: Tensor, nnz: int, tile: int) -
     table = torch.zeros(groups.table.shape, dtype=torch.uint16)
     table[: int(kept.sum())] = groups.table[kept].to(torch.uint16)
 
-    parts, end = [bounds.cumsum(0).to(torch.int32), table, columns], HEADER_BYTES
-    offsets: list[int] = []
-    for part in parts:
-        offsets.append(end)
-        end += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
-    header = Header(
-        version=VERSION,
-        bytes=end,
-        out=grid.out,
-        in_=grid.in_features,
-        nnz=nnz,
-        width=grid.width,
-        column_bytes=columns.itemsize,
-        blocks=grid.blocks,
-        chunks=grid.chunks,
-        entries=groups.entries,
-        segments_at=offsets[0],
-        groups_at=offsets[1],
-        columns_at=offsets[2],
-        tile=tile,
-    )
-    structure = torch.zeros(end, dtype=torch.uint8)
-    for offset, part in zip((0, *offsets), (torch.tensor(astuple(header)), *parts), strict=True):
-        structure[offset : offset + part.nbytes] = part.flatten().view(torch.uint8)
-    return structure
+    def header(segments_at: int, groups_at: int, columns_at: int, *, bytes: int) -> Header:
+        return Header(
+            version=Header.VERSION,
+            bytes=bytes,
+            out=grid.out,
+            in_=grid.in_features,
+            nnz=nnz,
+            width=grid.width,
+            column_bytes=columns.itemsize,
+            blocks=grid.blocks,
+            chunks=grid.chunks,
+            entries=groups.entries,
+            segments_at=segments_at,
+            groups_at=groups_at,
+            columns_at=columns_at,
+            tile=tile,
+        )
+
+    return write(Header.SIZE, [bounds.cumsum(0).to(torch.int32), table, columns], header)

@@ -14,13 +14,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fanin_compile import backend
-from fanin_compile.condense import Candidate, candidates, unsupported
+from fanin_compile.condense import Candidate, candidates, packed_nbytes, unsupported
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.export import MODEL, RESULT
 from fanin_compile.graph import PipelineResult
 from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
-from fanin_compile.packing import pack
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ def _explain_plan(model: nn.Module) -> Report:
     for candidate in candidates(model):
         if candidate.weight is not None:
             linear = len(candidate.weight.shape) == 2
-            nbytes = pack(candidate.weight).nbytes if linear else candidate.weight.nbytes
+            nbytes = packed_nbytes(candidate.module, candidate.weight)
             became = "gather-matmul" if linear else "gather-conv"
             row = _weight_row(candidate.name, _op(candidate), candidate.weight, nbytes, became, None)
             layers.append(row)

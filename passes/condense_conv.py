@@ -1,13 +1,14 @@
 """Swap masked convolutions for direct condensed ones.
 
     y = conv2d(x, w, b, stride, padding, dilation, groups)
-        ->  y = fanin.gather_conv(x, values, indices, row_ptr, rows, b, w.shape, stride, padding, dilation, groups)
+        ->  y = fanin.gather_conv(x, values, structure, b, w.shape, stride, padding, dilation, groups)
 
 No im2col: each non-zero is one offset into the padded planes of x. Ablated channels come back as their bias.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from fanin_compile.graph import (
     kernel_refuses,
     replace_node,
 )
+from fanin_compile.packed_conv import MAX_TAPS
+from fanin_compile.packing_conv import pack_conv
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
@@ -43,12 +46,23 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
         refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)
         if pads is None and refusal is None:
             refusal = Skip(layer.name, "'same' padding is uneven", {"kernel": kernel, "dilation": dilation})
+        if (taps := math.prod(kernel)) > MAX_TAPS and refusal is None:
+            refusal = Skip(
+                layer.name, "its kernel has more taps than codes tell apart", {"taps": taps, "most": MAX_TAPS}
+            )
         if refusal is not None:
             skipped.append(refusal)
             continue
+        assert pads is not None
         if dense not in constants:
-            c = weight.with_dtype(ctx.values_dtype)
-            constants.add(dense, values=c.values, indices=c.indices, row_ptr=c.row_ptr, rows=c.rows)
+            packed = pack_conv(
+                weight.with_dtype(ctx.values_dtype),
+                stride=stride,
+                padding=pads,
+                dilation=dilation,
+                groups=groups,
+            )
+            constants.add(dense, values=packed.values, structure=packed.structure)
         replace_node(
             node,
             torch.ops.fanin.gather_conv.default,

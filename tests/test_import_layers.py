@@ -18,8 +18,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records", "timing", "guards", "decompositions"),  # facts and means, nothing of ours beneath
     ("mask",),  # every mask source -> one bool mask
     ("condensed",),  # the format
-    ("packed",),  # the same in the order of the kernels
-    ("packing",),  # from one to the other
+    ("structure",),  # numbers and arrays in one tensor of bytes
+    ("packed",),  # the format in the order of the kernels
+    ("packing", "packed_conv"),  # from one to the other; the same of convolutions
+    ("packing_conv",),
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
     ("ops_chain", "ops_conv"),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fanin_compile import ops
 from fanin_compile.condensed import CondensedWeight
-from fanin_compile.ops_conv import gather_conv, plan_nbytes, scratch_nbytes
+from fanin_compile.ops_conv import gather_conv
+from fanin_compile.packing_conv import pack_conv
 
 from .helpers import assert_close_fp64
 from .strategies import masks, seeds
@@ -41,6 +42,20 @@ def aten_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry
     return y
 
 
+def convolve(
+    x: Tensor,
+    weight: CondensedWeight,
+    bias: Tensor | None,
+    g: Geometry,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The operator, of a weight packed for it."""
+    stride, padding, dilation, groups = g
+    p = pack_conv(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return gather_conv(x, p.values, p.structure, bias, weight.shape, *g, activation, residual)
+
+
 def check(
     weight: CondensedWeight,
     x: Tensor,
@@ -51,7 +66,7 @@ def check(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The kernel's output, after comparing every element with the dense convolution in fp64."""
-    y = gather_conv(x, weight, bias, *g, activation, residual)
+    y = convolve(x, weight, bias, g, activation, residual)
     assert y.dtype == x.dtype
     dims = len(g.stride)
     if x.is_contiguous() or dims == 1:
@@ -137,7 +152,7 @@ def test_any_geometry(data: st.DataObject, case: Case) -> None:
     bias = torch.randn(w.shape[0]).to(values_dtype) if data.draw(st.booleans()) else None
     residual = None
     if data.draw(st.booleans()):
-        residual = torch.randn_like(gather_conv(x, w, bias, *g))
+        residual = torch.randn_like(convolve(x, w, bias, g))
     poison()
     check(w, x, g, bias=bias, residual=residual, activation=data.draw(st.sampled_from(list(ops.ACTIVATIONS))))
 
@@ -166,10 +181,10 @@ def test_layers_that_cross_tiles_chunks_and_blocks(
     bias = torch.randn(shape[0])
     poison()
     y = check(weight, x, g, bias=bias, activation="relu")
-    last = gather_conv(x.contiguous(memory_format=torch.channels_last), weight, bias, *g, "relu")
+    last = convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, g, "relu")
     assert torch.equal(y, last), "the memory format changes no bit"
     if batch > 1:
-        assert torch.equal(y[-1:], gather_conv(x[-1:], weight, bias, *g, "relu")), "nor does the batch"
+        assert torch.equal(y[-1:], convolve(x[-1:], weight, bias, g, "relu")), "nor does the batch"
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -204,26 +219,14 @@ def test_clamps_at_both_ends_and_keeps_nan(density: float, size: int) -> None:
     assert (y == 6).any()
     residual[:, 3] = math.nan
     for activation in ("none", "relu", "relu6"):
-        z = gather_conv(x, weight, None, *g, activation=activation, residual=residual)
+        z = convolve(x, weight, None, g, activation=activation, residual=residual)
         assert torch.equal(z.isnan(), residual.isnan())
 
 
-def test_values_that_change_are_seen() -> None:
-    weight, x = random_weight((12, 40, 1, 1), 0.5), torch.randn(2, 40, 9, 9)
-    g = Geometry((1, 1), (0, 0), (1, 1))
-    check(weight, x, g)
-    weight.values.neg_()
-    check(weight, x, g)
-    other = CondensedWeight(weight.values.clone(), weight.indices, weight.row_ptr, weight.rows, weight.shape)
-    other.values.mul_(3.0)
-    check(other, x, g)
-    check(weight, x, g)
-
-
 def test_columns_beyond_16_bits() -> None:
-    weight = random_weight((3, 1, 70001), 0.001)
+    weight = random_weight((3, 3, 30001), 0.001)
     assert weight.indices.dtype == torch.int32
-    check(weight, torch.randn(2, 1, 70005), Geometry((1,), (0,), (1,)))
+    check(weight, torch.randn(2, 3, 30005), Geometry((1,), (0,), (1,)))
     check(random_weight((4, 70001, 1), 0.001), torch.randn(2, 70001, 9), Geometry((1,), (0,), (1,)))
 
 
@@ -244,7 +247,7 @@ def test_inactive_inputs_are_not_read_into_the_result(dtype: torch.dtype) -> Non
     for batch in (1, 3):
         x = torch.randn(batch, 30, 9, 9).to(dtype)
         poisoned = torch.where(used.view(-1, 1, 1), x, math.nan)
-        assert torch.equal(gather_conv(x, weight, None, *g), gather_conv(poisoned, weight, None, *g))
+        assert torch.equal(convolve(x, weight, None, g), convolve(poisoned, weight, None, g))
 
 
 @pytest.mark.parametrize(
@@ -266,29 +269,49 @@ def test_the_same_bits_for_any_thread_count(shape: tuple[int, ...], size: int, b
     assert torch.equal(results[0], results[2])
 
 
-def test_new_structure_in_the_same_tensors() -> None:
-    g, x = Geometry((1, 1), (1, 1), (1, 1)), torch.randn(1, 12, 9, 9)
-    generator = torch.Generator().manual_seed(3)
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            weight = random_weight((10, 12, 3, 3), 0.1)
-            before = check(weight, x, g)
-            weight.indices.copy_(torch.rand(10, 108, generator=generator).topk(11).indices.sort().values)
-            assert not torch.equal(check(weight, x, g), before)
-            weight.values.mul_(2)
-            check(weight, x, g)
+def test_fillers_of_rows_side_by_side_read_zeros() -> None:
+    """Chunks of 151 and 150 channels: behind the shorter one stands nothing of the next."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(21, 301, 1, 1, generator=generator) < torch.linspace(0.01, 0.4, 21).view(-1, 1, 1, 1)
+    weight = CondensedWeight.from_dense(torch.randn(21, 301, 1, 1, generator=generator), mask)
+    g, used = Geometry((1, 1), (0, 0), (1, 1)), mask.any(0)
+    for batch, size in ((1, 5), (2, 9), (1, 30)):
+        x = torch.randn(batch, 301, size, size)
+        poisoned = torch.where(used, x, math.inf)
+        assert torch.equal(check(weight, x, g), convolve(poisoned, weight, None, g))
+        x[:, 0] = math.nan  # the first channel of each tile's first chunk
+        assert torch.equal(
+            convolve(x, weight, None, g)[:, ~mask[:, 0, 0, 0]].isnan().any(), torch.tensor(False)
+        )
 
 
-def test_plans_are_bounded_and_go_with_their_weight() -> None:
-    before = plan_nbytes()
-    weight = random_weight((64, 32, 3, 3), 0.1)
-    for size in range(5, 17):
-        gather_conv(torch.randn(1, 32, size, size), weight, padding=1)
-    assert 0 < plan_nbytes() - before <= 4 * (6 * weight.nnz + 40 * 64 + 4000)
-    # a unit of x in L2, 512 rows of 14 vectors of 16 floats, and padded rows
-    assert 4 * 32 * 16 * 16 <= scratch_nbytes() <= (1 << 20)
-    del weight
-    assert plan_nbytes() <= before
+def test_images_beyond_the_reach_of_16_bits() -> None:
+    """Chunks of x of more than 65535 vectors: their codes are turned into addresses one by one."""
+    for shape, size in (((3, 24, 3, 3), (4, 12000)), ((3, 24, 5), (60000,))):
+        weight = random_weight(shape, 0.2)
+        ones = (1,) * len(size)
+        check(weight, torch.randn(1, 24, *size), Geometry(ones, ones, ones))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_weights_packed_for_other_geometries(density: float) -> None:
+    """They give the same result, through the reference where rows are packed side by side for pointwise layers."""
+    pointwise, strided = Geometry((1, 1), (0, 0), (1, 1)), Geometry((2, 2), (1, 1), (1, 1))
+    weight, x = random_weight((9, 30, 1, 1), density), torch.randn(2, 30, 7, 7)
+    for packed_for, called_with in ((pointwise, strided), (strided, pointwise)):
+        stride, padding, dilation, groups = packed_for
+        p = pack_conv(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        y = gather_conv(x, p.values, p.structure, None, weight.shape, *called_with)
+        exact = aten_convolution(x.double(), weight.to_dense().double(), None, called_with)
+        magnitude = aten_convolution(x.double().abs(), weight.to_dense().double().abs(), None, called_with)
+        assert_close_fp64(y, exact, magnitude, k=weight.max_fan_in)
+
+
+def test_scratch_is_bounded() -> None:
+    """A unit of x in L2, 256 rows of 14 vectors of 16 floats, codes of a stage and padded rows."""
+    weight = random_weight((256, 256, 3, 3), 0.1)
+    check(weight, torch.randn(1, 256, 14, 14), Geometry((1, 1), (1, 1), (1, 1)))
+    assert ops.scratch_nbytes() >= 256 * 9 * 16 * 4
 
 
 def test_any_spatial_size_with_one_weight() -> None:
@@ -301,10 +324,17 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     w = random_weight((10, 12, 3, 3), 0.1)
     x = torch.randn(1, 12, 9, 9)
     ones = [1, 1]
+    packed = pack_conv(w, stride=ones, padding=ones, dilation=ones, groups=1)
 
-    def call(x: Any = x, indices: Any = w.indices, bias: Any = None, padding: Any = ones) -> Tensor:
+    def call(
+        x: Any = x,
+        structure: Any = packed.structure,
+        bias: Any = None,
+        padding: Any = ones,
+        shape: Any = w.shape,
+    ) -> Tensor:
         y: Tensor = torch.ops.fanin.gather_conv(
-            x, w.values, indices, None, None, bias, [10, 12, 3, 3], ones, padding, ones, 1
+            x, packed.values, structure, bias, shape, ones, padding, ones, 1
         )
         return y
 
@@ -314,7 +344,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         call(bias=torch.zeros(9))
     with pytest.raises(ValueError, match="input of size 2"):
         call(x=x[..., :2], padding=[0, 0])
-    with pytest.raises(ValueError, match="not strictly ascending"):
-        call(indices=w.indices.flip(1).contiguous())
-    with pytest.raises(ValueError, match="outside the dense fan-in"):
-        call(indices=(w.indices.to(torch.int32) + 100).contiguous())
+    with pytest.raises(
+        ValueError, match="not those of the packed weight: 10 x 12 channels, 9 taps, 1 groups"
+    ):
+        call(shape=[10, 12, 3, 2])

@@ -14,6 +14,7 @@ from fanin_compile import FormatError
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.layers import CondensedConv, CondensedLinear
 from fanin_compile.packed import Packed, decode, unpack
+from fanin_compile.packed_conv import ConvHeader
 from tests.compile_support import (
     assert_equals_model,
     compiled,
@@ -124,10 +125,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
 def test_a_damaged_convolution_is_refused_by_name() -> None:
     model = nn.Sequential(_conv())
     state = dict(model.state_dict())
-    state["0.indices"] = state["0.indices"].clone()
-    state["0.indices"][0, -1] = 36
-    with pytest.raises(FormatError, match=r"state_dict entries 0\.\*: indices run from 0 to 36"):
-        model.load_state_dict(state)
+    structure = state["0.structure"]
+    header = ConvHeader.read(structure)
+    for change, message in (
+        (structure[:-64], "it was cut off"),
+        (
+            structure.index_fill(0, torch.arange(header.codes_at, header.codes_at + 2), 255),
+            "codes of the structure",
+        ),
+        (structure.index_fill(0, torch.tensor([0]), 9), "is of version 0x"),
+    ):
+        with pytest.raises(FormatError, match=rf"state_dict entries 0\.\*: .*{message}"):
+            model.load_state_dict(state | {"0.structure": change})
 
 
 def test_missing_entries_are_reported_as_torch_does() -> None:

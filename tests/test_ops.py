@@ -59,7 +59,7 @@ def test_opcheck(ragged: bool, dtype: torch.dtype, batch: tuple[int, ...]) -> No
 def test_opcheck_of_what_its_gradients_are_made_of() -> None:
     packed = pack(condensed(ragged=True))
     values, dense = packed.values.requires_grad_(), torch.randn(OUT, IN, dtype=torch.float64).requires_grad_()
-    torch.library.opcheck(torch.ops.fanin.packed_to_dense.default, (values, packed.structure, OUT, IN))
+    torch.library.opcheck(torch.ops.fanin.packed_to_dense.default, (values, packed.structure, [OUT, IN]))
     torch.library.opcheck(torch.ops.fanin.dense_to_packed.default, (dense, packed.structure, len(values)))
 
 
@@ -186,7 +186,7 @@ def test_the_native_kernel_refuses_parts_that_do_not_fit(changes: dict[str, Any]
 @pytest.mark.parametrize(("out", "in_features"), [(OUT + 1, IN), (OUT, IN + 1), (IN, OUT)])
 def test_the_reference_refuses_another_shape(out: int, in_features: int) -> None:
     packed = pack(condensed(ragged=False))
-    message = f"out_features, in_features are {out}, {in_features}, expected the packed weight's 7, 20"
+    message = rf"weight has shape \({out}, {in_features}\), expected that of the packed one: 7 x 20"
     with pytest.raises(ValueError, match=message):
         ops.gather_matmul(torch.randn(2, in_features).double(), packed.values, packed.structure, None, out)
     with pytest.raises(ValueError, match=message):

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fanin_compile import ops, ops_conv
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.packed_conv import decode_conv
+from fanin_compile.packing_conv import pack_conv
 
 from .helpers import assert_close_at_scale
 
@@ -37,9 +39,9 @@ def arguments(
     x = torch.randn(*batch, 4, *[5] * dims, dtype=dtype)
     out = [(5 + 2 - k) // 2 + 1 for k in w.shape[2:]]
     bias, residual = torch.randn(6, dtype=dtype), torch.randn(*batch, 6, *out, dtype=dtype)
-    return (
-        x, w.values, w.indices, w.row_ptr, w.rows, bias, list(w.shape), *geometry, groups, activation, residual
-    )  # fmt: skip
+    stride, padding, dilation = geometry
+    p = pack_conv(w, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return (x, p.values, p.structure, bias, list(w.shape), *geometry, groups, activation, residual)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -48,7 +50,7 @@ def arguments(
 def test_opcheck(ragged: bool, dtype: torch.dtype, kernel: tuple[int, ...], batch: tuple[int, ...]) -> None:
     args = list(arguments(condensed(*kernel, ragged=ragged, dtype=dtype), batch, "gelu"))
     torch.library.opcheck(torch.ops.fanin.gather_conv.default, tuple(args))
-    for i in (0, 1, 5, 12):
+    for i in (0, 1, 3, 10):
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.fanin.gather_conv.default, tuple(args))
 
@@ -70,26 +72,28 @@ def test_gradients_agree_with_finite_differences(
     args = list(arguments(weight, batch, activation, groups))
 
     def function(*inputs: Tensor) -> Tensor:
-        for i, value in zip((0, 1, 5, 12), inputs, strict=True):
+        for i, value in zip((0, 1, 3, 10), inputs, strict=True):
             args[i] = value
         y: Tensor = torch.ops.fanin.gather_conv(*args)
         return y
 
-    assert torch.autograd.gradcheck(function, [args[i].requires_grad_() for i in (0, 1, 5, 12)])
+    assert torch.autograd.gradcheck(function, [args[i].requires_grad_() for i in (0, 1, 3, 10)])
 
 
 def test_gradients_of_the_native_kernel_are_those_of_the_masked_dense_layer() -> None:
     weight = condensed(3, 3, dtype=torch.float32)
     x, bias = torch.randn(3, 4, 9, 9, requires_grad=True), torch.randn(6)
-    values = weight.values.clone().requires_grad_()
-    args = (x, values, weight.indices, None, weight.rows, bias, list(weight.shape), [1, 1], [1, 1], [1, 1], 1)
+    packed = pack_conv(weight, stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=1)
+    values = packed.values.requires_grad_()
+    args = (x, values, packed.structure, bias, list(weight.shape), [1, 1], [1, 1], [1, 1], 1)
     y = torch.ops.fanin.gather_conv(*args, "silu")
     by_x, by_values = torch.autograd.grad(y.square().sum(), [x, values])
     dense, x2 = (t.detach().double().requires_grad_() for t in (weight.to_dense(), x))
     expected = torch.nn.functional.silu(torch.nn.functional.conv2d(x2, dense, bias.double(), padding=1))
     by_x2, by_dense = torch.autograd.grad(expected.square().sum(), [x2, dense])
     assert_close_at_scale(by_x, by_x2)
-    assert_close_at_scale(by_values.flatten(), by_dense.flatten()[weight.dense_index()])
+    _, index, entry = decode_conv(packed.structure)
+    assert_close_at_scale(by_values[entry], by_dense.flatten()[index])
 
 
 def test_no_grad_graph_when_none_is_wanted() -> None:
@@ -103,9 +107,12 @@ def test_no_grad_graph_when_none_is_wanted() -> None:
 
 def test_flops_are_two_per_non_zero_and_output_pixel() -> None:
     weight = condensed(3, 3, dtype=torch.float32)
+    args = arguments(weight, (2,), "none")
+    packed = args[1]
+    assert packed.numel() >= weight.nnz
     with FlopCounterMode(display=False) as counter:
-        y = torch.ops.fanin.gather_conv(*arguments(weight, (2,), "none"))
-    assert counter.get_total_flops() == 2 * weight.values.numel() * y[:, 0].numel()
+        y = torch.ops.fanin.gather_conv(*args)
+    assert counter.get_total_flops() == 2 * packed.numel() * y[:, 0].numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -127,9 +134,12 @@ def test_a_compiled_graph_calls_the_op_and_agrees(dynamic: bool, channels_last: 
     torch._dynamo.reset()
     weight, bias = condensed(3, 3, ragged=True, dtype=torch.float32), torch.randn(6)
     format = torch.channels_last if channels_last else torch.contiguous_format
+    geometry = ([2, 2], [1, 1], [1, 1])
+    packed = pack_conv(weight, stride=[2, 2], padding=[1, 1], dilation=[1, 1], groups=1)
+    parts = (packed.values, packed.structure)
 
     def layer(x: Tensor) -> Tensor:
-        return ops_conv.gather_conv(x * 2, weight, bias, 2, 1, activation="relu") + 1
+        return ops_conv.gather_conv(x * 2, *parts, bias, weight.shape, *geometry, 1, activation="relu") + 1
 
     compiled = torch.compile(layer, dynamic=dynamic, fullgraph=True)
     for batch, size in ((2, 8), (3, 11)):

@@ -15,7 +15,7 @@ from fanin_compile import ops
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FormatError
 from fanin_compile.kernels import build
-from fanin_compile.packed import HEADER_BYTES, Header, Packed, decode, unpack
+from fanin_compile.packed import Header, Packed, decode, unpack
 from fanin_compile.packing import pack
 from tests.compile_support import sparse_weight
 
@@ -143,4 +143,4 @@ def test_the_header_is_what_the_kernels_read() -> None:
     names = [name for names in declared for name in re.findall(r"\w+(?:\[\d+\])?(?=[,;])", names)]
     *names, unused = names
     assert names == [name.rstrip("_") for name in FIELDS]
-    assert unused == f"unused[{HEADER_BYTES // 8 - len(FIELDS)}]"
+    assert unused == f"unused[{Header.SIZE // 8 - len(FIELDS)}]"

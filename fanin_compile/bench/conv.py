@@ -18,6 +18,7 @@ from fanin_compile.bench.output import Target
 from fanin_compile.bench.roofline import roofline
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.ops_conv import gather_conv
+from fanin_compile.packing_conv import pack_conv
 from fanin_compile.timing import interleaved, threads
 
 
@@ -123,8 +124,11 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
     x = torch.randn(batch, case.fan_in_channels, case.size, case.size, generator=generator)
     x_last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
 
+    stride, pads, ones = [case.stride] * 2, [padding] * 2, [1, 1]
+    packed = pack_conv(condensed, stride=stride, padding=pads, dilation=ones, groups=1)
+
     def ours(x: Tensor) -> Tensor:
-        return gather_conv(x, condensed, None, case.stride, padding)
+        return gather_conv(x, packed.values, packed.structure, None, shape, stride, pads, ones, 1)
 
     runs: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: ours(x),

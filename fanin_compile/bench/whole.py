@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_i
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host
 from fanin_compile.condense import condense
-from fanin_compile.ops_conv import plan_nbytes, scratch_nbytes
+from fanin_compile.ops import scratch_nbytes
 from fanin_compile.report import explain
 from fanin_compile.timing import threads as threads_of
 
@@ -82,19 +81,14 @@ def bench_model(
 
 
 def _resident(model: OneInput, x: Tensor, count: int) -> str:
-    """What the condensed model keeps in memory next to the dense one: state, plans of convolutions, their scratch."""
-    gc.collect()  # plans of models that are gone
-    before = plan_nbytes()
+    """What the condensed model keeps in memory next to the dense one: its state, and the scratch of a thread."""
     with threads_of(count), torch.no_grad():
         condensed = condense(model)
         condensed(x)
-        plans = plan_nbytes() - before
-        scratch = scratch_nbytes()
     dense, state = (sum(t.nbytes for t in m.state_dict().values()) for m in (model, condensed))
     return (
-        f"resident {(state + plans) / 1e6:.1f} MB (state {state / 1e6:.1f}, plans {plans / 1e6:.1f}), "
-        f"{(state + plans) / dense:.0%} of the dense {dense / 1e6:.1f}; "
-        f"convolutions' scratch up to {scratch / 1e6:.2f} MB a thread"
+        f"resident {state / 1e6:.1f} MB, {state / dense:.0%} of the dense {dense / 1e6:.1f}; "
+        f"scratch of a thread up to {scratch_nbytes() / 1e6:.2f} MB"
     )
 
 

@@ -289,4 +289,4 @@ TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) {
   m.impl("gather_matmul_chain", chain_autograd);
 }
 
-TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) { m.impl("gather_matmul_scratch_nbytes", &fanin::scratch_nbytes); }
+TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) { m.impl("scratch_nbytes", &fanin::scratch_nbytes); }

@@ -1,6 +1,7 @@
 // Interface of the convolution kernels: plain data, no torch headers. Layouts and derivations: CONV.md.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -46,15 +47,13 @@ struct Layout {
   Dims low;                     // smallest shift of a tap
   int64_t pitch, rows;          // vectors in one row, rows in one slice
   std::vector<Dims> phases;     // the pixels p with p % stride == phase
-  std::vector<int64_t> tap;     // [taps] vectors from an output to the tap's input, in the tap's phase
-  std::vector<int32_t> tap_phase;
+  std::vector<uint32_t> taps;   // [taps] vectors from an output to the tap's input
   int64_t span;                 // largest tap
-  int64_t vector;               // kLanes, for who does not know the vectors
   std::vector<Tile> tiles;
   std::vector<int64_t> unit;    // [units + 1] first tile of each unit: tiles packed together
   int64_t plane, channel;       // floats of one phase, and of one channel; pointwise: of one channel in one tile
-  int64_t chunk;                // channels whose x of one tile fits L1
-  int together;                 // rows whose runs are computed side by side: 1, or kTogether in narrow tiles
+  int64_t chunk;                // the weight's
+  int together;                 // runs of a visit: 1, or kTogether in narrow tiles
 
   // First output of block i along dimension d: the last block overlaps the one before where they do not come out even.
   int64_t start(const Shape& s, int d, int64_t i) const {
@@ -64,70 +63,72 @@ struct Layout {
   int64_t units() const { return static_cast<int64_t>(unit.size()) - 1; }
   int64_t at(const Tile& t) const { return pointwise ? t.x : (t.z * rows + t.y) * pitch + t.x; }
   int64_t stop(const Tile& t) const { return at(t) + (t.parts - 1) * pitch + t.vectors; }
+  int64_t chunk_channels() const { return chunk + (together > 1); }     // as packed
   int64_t chunks(const Shape& s) const { return (s.in_channels + chunk - 1) / chunk; }
+  int64_t packed_channels(const Shape& s) const { return pointwise ? chunks(s) * chunk_channels() : s.in_channels; }
 };
 
 inline constexpr int kMaxTile = 14;             // accumulators of a tile; with one weight and one spare they fill 16 registers
 inline constexpr int kMaxParts = 4;
 inline constexpr int kTogether = 4, kNarrow = 3;              // rows side by side, and vectors of their tiles
-inline constexpr int64_t kBlockRows = 512;      // most rows of one block: their sums stay in L2
-inline constexpr int64_t kMaxOffset = UINT16_MAX;
 
-// For rows of fan_in non-zeros. False if one channel's packed unit exceeds what offsets of 16 bits reach.
-bool make_layout(const Shape& shape, double fan_in, Layout& layout);
-
-// Visits of one chunk and block: whole rows, then first runs of a row, middle runs, last runs; each part by count.
+// A (block of rows, chunk of channels): its first entry, and the first visit of whole rows, first, middle and last runs.
 struct Stage {
-  int64_t channel;              // first of the chunk, to which the offsets are relative
-  int64_t nonzero;              // where its values and offsets start
-  int64_t begin;                // its first visit
-  int64_t end[4];               // where the visits of whole rows, first, middle and last runs end
+  int32_t entry, visit[4];
 };
 
-// A visit is `together` runs, each the non-zeros of one row in one chunk. Shorter runs are filled up with zeros.
-struct Plan {
+// The structure of a packed weight, as packing_conv.py writes it: this header, then arrays at the offsets it names. A visit
+// is `together` runs, each the non-zeros of one row in one chunk; an entry is a value and a code:
+// channel << bits | tap, or of runs side by side the bytes from its chunk to its channel for each lane.
+struct Structure {
+  static constexpr int64_t kVersion = 0x0fa1c001;
+  int64_t version, bytes;       // bytes of all of it
+  int64_t out, group_channels, groups, taps, nnz;
+  int64_t chunk;                // channels
+  int64_t together;             // 1, or kTogether
+  int64_t blocks, live;         // block b is rows [live * b / blocks, live * (b + 1) / blocks)
+  int64_t entries, visits, longest;             // longest: entries of a stage, at most
+  int64_t rows_at, stages_at, counts_at, order_at, codes_at;
+  int64_t unused[5];
+
+  int64_t first_row(int64_t block) const { return live * block / blocks; }
+  int64_t tallest() const { return (live + blocks - 1) / blocks; }
+  int64_t chunks() const { return std::max<int64_t>(1, (group_channels * groups + chunk - 1) / chunk); }
+  double fan_in() const { return static_cast<double>(nnz) / static_cast<double>(std::max<int64_t>(live, 1)); }
+  template <class T>
+  const T* at(int64_t offset) const { return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset); }
+  const int32_t* rows() const { return at<int32_t>(rows_at); }          // [out] output channels: the live ones, then the others
+  const Stage* stages() const { return at<Stage>(stages_at); }          // [blocks * chunks + 1]
+  const uint16_t* counts() const { return at<uint16_t>(counts_at); }    // [visits] entries of each run
+  const uint16_t* order() const { return at<uint16_t>(order_at); }      // [visits][together] rows inside the block
+  const uint16_t* codes() const { return at<uint16_t>(codes_at); }      // [entries]
+};
+
+// All that depends on the image.
+struct Geometry {
   Shape shape;                  // flattened if pointwise
   Layout layout;
-  std::vector<int32_t> live;    // output channel of each row with at least one non-zero, in the order of the blocks
-  std::vector<int32_t> dead;    // all other output channels
-  std::vector<int64_t> block;   // [blocks + 1] first live row of each block
-  std::vector<std::vector<Stage>> stages;       // [blocks]
-  std::vector<uint16_t> counts; // [visits] non-zeros of each run
-  std::vector<uint16_t> rows;   // [visits][together] inside the block
-  std::vector<uint16_t> offsets;                // in visiting order, floats from the chunk's first channel
-  std::vector<float> values;    // likewise
-
-  int64_t blocks() const { return static_cast<int64_t>(stages.size()); }
-  int64_t nbytes() const;
 };
 
-struct Structure {
-  const void* indices;
-  const void* values;
-  const int32_t* row_ptr;       // [n + 1] or null
-  const int32_t* rows;          // [n] or null
-  int64_t n, k;
-  IType type;
-  DType value_type;
-  int64_t begin(int64_t r) const { return row_ptr ? row_ptr[r] : r * k; }
-};
-
-// Null, or what is wrong with the structure. The number of blocks is a multiple of split.
-const char* build_plan(const Structure& structure, const Shape& shape, const Layout& layout, int64_t split, Plan& plan);
+// Shape as flatten_pointwise() gives it. False if the weight is packed for pointwise layers only and this is none, or if a
+// chunk of x exceeds what offsets of 32 bits reach.
+bool make_layout(const Structure& weight, const Shape& shape, Layout& layout);
 
 // y = act(conv(x) + bias + residual)
 struct Op {
-  const Plan* plan;
+  const Structure* weight;
+  const Geometry* geometry;
+  const void* values;           // [weight->entries]
   const void *x, *bias, *residual;              // residual as y; bias [out_channels]; both may be null
   void* y;
   int64_t batch;
-  DType x_type, bias_type;                      // residual and y have x's type
+  DType x_type, value_type, bias_type;          // residual and y have x's type
   bool channels_last;                           // of x, residual and y
   Act act;
 };
 
-// Floats of scratch that one run() needs on its thread.
-int64_t scratch_floats(const Plan& plan, int64_t first_block, int64_t last_block);
+// Floats of scratch that a run() needs on its thread.
+int64_t scratch_floats(const Op& op);
 // The group of images that starts at `image`, one unit of their tiles, blocks [first, last).
 void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t last_block, float* scratch);
 // The output channels that no row reaches, of one image.
@@ -136,18 +137,16 @@ void run_dead(const Op& op, int64_t image);
 // ---- parts -----------------------------------------------------------------------------------------------------------
 
 // x of a unit's tiles. Spatial: [in_channels][Layout::channel], from the first position of the unit's first row.
-// Pointwise: [tile][chunk][channels of it, and one of zeros][Layout::channel].
+// Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
 void pack(const Op& op, int64_t image, int64_t unit, float* planes);
-int64_t pack_floats(const Plan& plan);          // that it needs, for planes and itself
-int64_t packed_channels(const Plan& plan);      // of a tile, those of zeros included
-int64_t chunk_at(const Layout& layout, int64_t channel);      // floats from a unit's or a tile's x to that of a chunk
+int64_t pack_floats(const Geometry& geometry);  // that it needs, for planes and itself
 
 // Where the outputs of a tile stand in y: the element of output channel 0, or -1 for lanes beyond the image or the batch.
 struct Places {
   int64_t at[kMaxTile][kMaxLanes];
   int64_t channel;              // elements from one output channel to the next
 };
-// Rows [first, last) of live, sums[last - first][tile].
+// Rows [first, last) of the live ones, sums[last - first][tile].
 void store(const Op& op, const Tile& tile, const Places& places, const float* sums, int64_t first, int64_t last);
 
 }  // namespace fanin::conv

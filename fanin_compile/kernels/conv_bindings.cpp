@@ -14,7 +14,7 @@
 #include <optional>
 #include <string_view>
 
-#include "conv_plans.h"
+#include "conv_geometries.h"
 #include "torch_types.h"
 
 namespace {
@@ -25,24 +25,36 @@ using at::Tensor;
 using fanin::OptTensor;
 using fanin::act_of;
 using fanin::dtype_of;
-using fanin::itype_of;
-using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                         IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, std::string_view, const OptTensor&);
+using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, IntArrayRef, IntArrayRef, IntArrayRef,
+                         IntArrayRef, int64_t, std::string_view, const OptTensor&);
 
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-conv::Plans& plans() {
-  static auto* kept = new conv::Plans;         // never destroyed: threads may outlive static destructors
+conv::Geometries& geometries() {
+  static auto* kept = new conv::Geometries;    // never destroyed: threads may outlive static destructors
   return *kept;
 }
 
-const int32_t* ints(const OptTensor& t, int64_t length, const char* what) {
-  if (!t) return nullptr;
-  TORCH_CHECK_VALUE(t->scalar_type() == at::kInt && t->numel() == length && t->is_contiguous(), "fanin: ", what,
-                    " must be a contiguous int32 tensor of ", length, " elements, got ", t->scalar_type(), " ", t->sizes());
-  return t->const_data_ptr<int32_t>();
+// The header of a packed weight, checked as far as can be in no time: packing_conv.py wrote what it describes.
+const conv::Structure& structure_of(const Tensor& structure, const Tensor& values) {
+  const auto bytes = static_cast<int64_t>(structure.numel());
+  TORCH_CHECK_VALUE(structure.scalar_type() == at::kByte && structure.is_contiguous() &&
+                        bytes >= static_cast<int64_t>(sizeof(conv::Structure)),
+                    "fanin: structure must be a packed convolution's, got ", structure.scalar_type(), " ", structure.sizes());
+  const auto& s = *static_cast<const conv::Structure*>(structure.const_data_ptr());
+  TORCH_CHECK_VALUE(s.version == conv::Structure::kVersion && s.bytes == bytes,
+                    "fanin: structure was packed by another version or is cut off: pack the condensed weight anew");
+  // packing_conv.py checks the rest where a structure is read from outside
+  const bool ordered = s.rows_at >= 0 && s.stages_at >= s.rows_at && s.counts_at >= s.stages_at && s.order_at >= s.counts_at &&
+                       s.codes_at >= s.order_at && s.entries >= 0 && s.codes_at + 2 * s.entries <= bytes;
+  TORCH_CHECK_VALUE(ordered && s.blocks >= 1 && s.chunk >= 1 && s.live >= 0 && s.live <= s.out &&
+                        (s.together == 1 || s.together == conv::kTogether),
+                    "fanin: the structure is damaged: pack the condensed weight anew");
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous() && values.numel() >= s.entries,
+                    "fanin: values must be contiguous with at least ", s.entries, " elements, got ", values.sizes());
+  return s;
 }
 
 conv::Shape shape_of(const Tensor& x, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
@@ -83,78 +95,54 @@ at::MemoryFormat format_of(const Tensor& x) {
   return x.suggest_memory_format();
 }
 
-Tensor run(const Tensor& x, const Tensor& values, const Tensor& indices, const fanin::DType x_type,
-           const fanin::DType value_type, const OptTensor& row_ptr, const OptTensor& rows, const OptTensor& bias,
-           const conv::Shape& shape, IntArrayRef out_sizes, std::string_view activation, const OptTensor& residual) {
-  const at::MemoryFormat format = format_of(x);
-  Tensor y = at::detail::empty_cpu(out_sizes, x.scalar_type(), {}, {}, {}, format);
-  if (y.numel() == 0) return y;
-  const Tensor xc = x.contiguous(format), vc = values.contiguous(), ic = indices.contiguous();
-  const Tensor bc = bias ? bias->contiguous() : Tensor();
-  const Tensor rc = residual ? residual->to(x.scalar_type()).contiguous(format) : Tensor();
-  const bool channels_last = format != at::MemoryFormat::Contiguous;
-  const int64_t batch = x.size(0), n = row_ptr ? row_ptr->numel() - 1 : indices.size(0);
-  const int64_t work = batch * indices.numel() * shape.pixels_out();
-  constexpr int64_t kWorthThreads = 1 << 16;    // multiply-adds
-
-  const conv::Request request{ic, vc,
-                        {ic.const_data_ptr(), vc.const_data_ptr(), ints(row_ptr, n + 1, "row_ptr"), ints(rows, n, "rows"), n,
-                         row_ptr ? 0 : indices.size(1), itype_of(ic), value_type},
-                        conv::flatten_pointwise(shape),
-                        batch,
-                        work < kWorthThreads ? 1 : at::get_num_threads()};
-  const std::shared_ptr<const conv::Plan> plan = plans().find(request);
-  if (!plan) return Tensor();
-
-  conv::Op op{};
-  op.plan = plan.get(), op.batch = batch, op.channels_last = channels_last, op.act = act_of(activation);
-  op.x = xc.const_data_ptr(), op.x_type = x_type;
-  op.bias = bias ? bc.const_data_ptr() : nullptr, op.bias_type = bias ? *dtype_of(bc) : fanin::DType::f32;
-  op.residual = residual ? rc.const_data_ptr() : nullptr;
-  op.y = y.mutable_data_ptr();
-
-  const conv::Layout& l = plan->layout;
-  const int64_t split = request.split(l), per = plan->blocks() / split, groups = (batch + l.images - 1) / l.images;
-  const auto items = [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
-      float* scratch = fanin::scratch(conv::scratch_floats(*plan, part * per, (part + 1) * per));
-      conv::run(op, image, unit, part * per, (part + 1) * per, scratch);
-    }
-  };
-  const auto spread = [&](int64_t count, const auto& f) {
-    if (count <= 1 || request.threads == 1) f(0, count);
-    else at::parallel_for(0, count, 1, f);
-  };
-  if (per > 0) spread(groups * l.units() * split, items);
-  if (!plan->dead.empty())
-    spread(batch, [&](int64_t from, int64_t to) {
-      for (int64_t image = from; image < to; ++image) conv::run_dead(op, image);
-    });
-  return y;
+// What depends on the threads alone: parts into which the rows are cut, so that all of them have work. Packing x is repeated
+// in each.
+int64_t split_of(int64_t items, int64_t blocks, int64_t threads) {
+  int64_t parts = 1;
+  while (parts < std::min(threads, blocks) && items * parts < 4 * threads && items * parts % threads != 0) ++parts;
+  return parts;
 }
 
-Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& indices, const OptTensor& row_ptr,
-                       const OptTensor& rows, const OptTensor& bias, IntArrayRef weight_shape, IntArrayRef stride,
-                       IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation,
-                       const OptTensor& residual) {
+void run(const conv::Op& op, int64_t threads) {
+  const conv::Layout& l = op.geometry->layout;
+  const conv::Structure& w = *op.weight;
+  const int64_t items = (op.batch + l.images - 1) / l.images * l.units(), split = split_of(items, w.blocks, threads);
+  const auto spread = [&](int64_t count, const auto& f) {
+    if (count <= 1 || threads == 1) f(0, count);
+    else at::parallel_for(0, count, 1, f);
+  };
+  const int64_t floats = conv::scratch_floats(op);
+  if (w.live > 0)
+    spread(items * split, [&](int64_t from, int64_t to) {
+      float* scratch = fanin::scratch(floats);
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
+        conv::run(op, image, unit, part * w.blocks / split, (part + 1) * w.blocks / split, scratch);
+      }
+    });
+  if (w.live < w.out)
+    spread(op.batch, [&](int64_t from, int64_t to) {
+      for (int64_t image = from; image < to; ++image) conv::run_dead(op, image);
+    });
+}
+
+Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
+                       IntArrayRef weight_shape, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                       std::string_view activation, const OptTensor& residual) {
   const auto reference = [&] {
     static const auto op = handle("fanin::gather_conv_reference");
-    return op.call(x, values, indices, row_ptr, rows, bias, weight_shape, stride, padding, dilation, groups, activation,
-                   residual);
+    return op.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
   };
   const auto x_type = dtype_of(x), value_type = dtype_of(values);
   if (!x_type || !value_type || (bias && !dtype_of(*bias))) return reference();
-  TORCH_CHECK_VALUE(indices.dim() == (row_ptr ? 1 : 2) && values.sizes() == indices.sizes(), "fanin: values ", values.sizes(),
-                    " and indices ", indices.sizes(), " must both be [rows, k], or [nnz] with row_ptr");
-  TORCH_CHECK_VALUE(indices.numel() <= std::numeric_limits<int32_t>::max(), "fanin: at most 2^31 - 1 non-zeros, got ",
-                    indices.numel());
+  const conv::Structure& weight = structure_of(structure, values);
   const bool unbatched = x.dim() + 1 == static_cast<int64_t>(weight_shape.size());
   const Tensor images = unbatched ? at::unsqueeze(x, 0) : x;
   const conv::Shape shape = shape_of(images, weight_shape, stride, padding, dilation, groups);
-  const int64_t n = row_ptr ? row_ptr->numel() - 1 : indices.size(0);
-  TORCH_CHECK_VALUE(rows || n == shape.out_channels, "fanin: without rows, there must be weight_shape[0] = ",
-                    shape.out_channels, " condensed rows, got ", n);
+  TORCH_CHECK_VALUE(weight.out == shape.out_channels && weight.group_channels == shape.group_channels() &&
+                        weight.groups == groups && weight.taps == shape.taps(),
+                    "fanin: weight_shape ", weight_shape, " and groups ", groups, " are not those of the packed weight: ",
+                    weight.out, " x ", weight.group_channels, " channels, ", weight.taps, " taps, ", weight.groups, " groups");
   TORCH_CHECK_VALUE(!bias || bias->numel() == shape.out_channels, "fanin: bias must have ", shape.out_channels,
                     " elements, got ", bias->sizes());
   at::DimVector sizes{images.size(0), shape.out_channels};
@@ -162,26 +150,41 @@ Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& indi
   const OptTensor added = residual && unbatched ? OptTensor(at::unsqueeze(*residual, 0)) : residual;
   TORCH_CHECK_VALUE(!added || added->sizes() == IntArrayRef(sizes), "fanin: residual must have the output's shape ",
                     IntArrayRef(sizes), ", got ", added->sizes());
-  const Tensor y = run(images, values, indices, *x_type, *value_type, row_ptr, rows, bias, shape, sizes, activation, added);
-  if (!y.defined()) return reference();         // one channel of one tile is beyond 16-bit offsets
+
+  const at::MemoryFormat format = format_of(images);
+  Tensor y = at::detail::empty_cpu(sizes, x.scalar_type(), {}, {}, {}, format);
+  if (y.numel() != 0) {
+    // none: packed for pointwise layers only, or a chunk of one tile is beyond 16-bit offsets
+    const std::shared_ptr<const conv::Geometry> geometry = geometries().find(weight, conv::flatten_pointwise(shape));
+    if (!geometry) return reference();
+    const Tensor xc = images.contiguous(format), bc = bias ? bias->contiguous() : Tensor();
+    const Tensor rc = added ? added->to(x.scalar_type()).contiguous(format) : Tensor();
+    conv::Op op{};
+    op.weight = &weight, op.geometry = geometry.get(), op.batch = images.size(0);
+    op.values = values.const_data_ptr(), op.value_type = *value_type;
+    op.x = xc.const_data_ptr(), op.x_type = *x_type;
+    op.bias = bias ? bc.const_data_ptr() : nullptr, op.bias_type = bias ? *dtype_of(bc) : fanin::DType::f32;
+    op.residual = added ? rc.const_data_ptr() : nullptr;
+    op.y = y.mutable_data_ptr(), op.channels_last = format != at::MemoryFormat::Contiguous, op.act = act_of(activation);
+    constexpr int64_t kWorthThreads = 1 << 16;  // multiply-adds
+    run(op, op.batch * weight.nnz * shape.pixels_out() < kWorthThreads ? 1 : at::get_num_threads());
+  }
   return unbatched ? y.squeeze(0) : y;
 }
 
 // Below autograd unless a gradient is asked for; then ops_conv.py's autograd function takes over.
-Tensor gather_conv_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& indices,
-                            const OptTensor& row_ptr, const OptTensor& rows, const OptTensor& bias, IntArrayRef weight_shape,
-                            IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                            std::string_view activation, const OptTensor& residual) {
+Tensor gather_conv_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& structure,
+                            const OptTensor& bias, IntArrayRef weight_shape, IntArrayRef stride, IntArrayRef padding,
+                            IntArrayRef dilation, int64_t groups, std::string_view activation, const OptTensor& residual) {
   const auto wants = [](const OptTensor& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || values.requires_grad() || wants(bias) || wants(residual))) {
     static const auto with_grad = handle("fanin::gather_conv_with_grad");
-    return with_grad.call(x, values, indices, row_ptr, rows, bias, weight_shape, stride, padding, dilation, groups, activation,
-                          residual);
+    return with_grad.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
   }
   static const auto op = handle("fanin::gather_conv");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_autograd_keyset, x, values, indices, row_ptr, rows, bias, weight_shape, stride, padding,
-                       dilation, groups, activation, residual);
+  return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, weight_shape, stride, padding, dilation,
+                       groups, activation, residual);
 }
 
 }  // namespace
@@ -191,8 +194,3 @@ TORCH_LIBRARY_IMPL(fanin, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) { m.impl("gather_conv", gather_conv_autograd); }
-
-TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) {
-  m.impl("gather_conv_plan_nbytes", []() -> int64_t { return plans().nbytes(); });
-  m.impl("gather_conv_scratch_nbytes", []() -> int64_t { return plans().scratch_nbytes(); });
-}

@@ -8,11 +8,8 @@
 namespace fanin::conv {
 namespace {
 
-constexpr int64_t kChunkBytes = 28 << 10;       // x of one chunk and tile: with the sums of a row it stays in L1
-constexpr int64_t kNarrowBytes = 24 << 10;      // the same of narrow tiles
 constexpr int64_t kUnitBytes = 320 << 10;       // x packed at a time: with the sums of a block it stays in L2
 constexpr int64_t kLine = 64 / sizeof(float);
-constexpr double kShortRow = 12;                // non-zeros of a row below which narrow tiles do not pay
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -26,33 +23,35 @@ Step step(const Shape& s, int d, int64_t k) {
   return {shift, e - shift * s.stride[d]};
 }
 
-// Most vectors in a row of a tile, and rows, where rows of blocks have `width` outputs.
-int64_t tile_vectors(int64_t width) { return ceil_div(width, ceil_div(width, kMaxTile)); }
-int64_t tile_parts(int64_t width, int64_t height) {
-  return std::clamp<int64_t>(kMaxTile / width, 1, std::min<int64_t>(kMaxParts, height));
+// Most vectors in a row of a tile, and rows, of blocks [height, width]: at most half of the vectors in one row where there
+// are two, so that a tile reads as much of a channel as the weight's chunks were made for.
+int64_t tile_vectors(const Dims& block) {
+  return ceil_div(block[2], ceil_div(block[2], block[1] > 1 ? kMaxTile / 2 : kMaxTile));
+}
+int64_t tile_parts(const Dims& block) {
+  return std::clamp<int64_t>(kMaxTile / tile_vectors(block), 1, std::min<int64_t>(kMaxParts, block[1]));
 }
 
-// Vectors of one channel that a tile reads.
-int64_t footprint(const Layout& l, const Dims& span) {
-  const int64_t parts = tile_parts(l.block[2], l.block[1]), vectors = tile_vectors(l.block[2]);
-  return static_cast<int64_t>(l.phases.size()) * (span[0] + 1) * (span[1] + parts) * (span[2] + vectors);
-}
-
-int64_t chunk_of(int64_t floats, int64_t bytes, int64_t channels) {
-  const int64_t most = std::clamp<int64_t>(bytes / (floats * int64_t{sizeof(float)}), 1, channels);
-  return ceil_div(channels, ceil_div(channels, most));
-}
+// Cycles that a vector takes to be packed (transposes into the lanes) and stored, and what a run takes beside its FMAs.
+constexpr double kPacking = 9, kStoring = 11, kRun = 20;
+constexpr double kFar = 6;                      // more, of a packed vector, where a unit does not stay in L2
 
 // Cycles that an image takes, roughly: what ranks the ways to spread blocks over lanes.
 double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
-  const double tile = static_cast<double>(tile_parts(l.block[2], l.block[1]) * tile_vectors(l.block[2]));
-  const double chunks = static_cast<double>(
-      ceil_div(s.in_channels, chunk_of(footprint(l, span) * kLanes, kChunkBytes, s.in_channels)));
-  // two loads a cycle, but four cycles for each link of a chain; a run loads and stores its sums and ends by surprise
-  const double run = std::max(4.0, 0.5 * tile + 0.6) * fan_in + (1.5 * tile + 20.0) * chunks;
+  const int64_t parts = tile_parts(l.block), phases = static_cast<int64_t>(l.phases.size());
+  const int64_t tiles = l.block[0] * ceil_div(l.block[1], parts) * ceil_div(l.block[2], tile_vectors(l.block));
   const double outputs = static_cast<double>(l.block[0] * l.block[1] * l.block[2]);
-  const double packed = static_cast<double>((l.block[0] + span[0]) * l.rows * l.pitch) * static_cast<double>(l.phases.size());
-  return (outputs / tile * run * static_cast<double>(s.out_channels) + 3.0 * packed * static_cast<double>(s.in_channels)) /
+  const double tile = outputs / static_cast<double>(tiles);
+  // two loads a cycle, but four cycles for each link of a chain; a run loads and stores its sums and ends by surprise
+  const double run = std::max(4.0, 0.5 * tile + 0.6) * fan_in + (1.5 * tile + kRun) * static_cast<double>(l.chunks(s));
+  // rows of outputs in a unit: the inputs between it and the next one are packed twice
+  const int64_t row = l.pitch * kLanes * phases * s.in_channels * int64_t{sizeof(float)};
+  const int64_t rows = std::min(std::max(kUnitBytes / row - span[1], parts), l.block[1]);
+  const double packing = kPacking + ((rows + span[1]) * row > kUnitBytes * 3 / 2 ? kFar : 0.0);
+  const double packed = static_cast<double>((l.block[0] + span[0]) * l.pitch * phases) *
+                        static_cast<double>(ceil_div(l.block[1], rows) * (rows + span[1]));
+  return (static_cast<double>(s.out_channels) * (static_cast<double>(tiles) * run + kStoring * outputs) +
+          static_cast<double>(s.in_channels) * packing * packed) /
          static_cast<double>(l.images);
 }
 
@@ -64,8 +63,8 @@ void place(const Shape& s, const Dims& span, Layout& l) {
 }
 
 void cut_tiles(Layout& l) {
-  const int64_t parts = tile_parts(l.block[2], l.block[1]);
-  const int64_t across = ceil_div(l.block[2], kMaxTile), down = ceil_div(l.block[1], parts);
+  const int64_t parts = tile_parts(l.block);
+  const int64_t across = ceil_div(l.block[2], tile_vectors(l.block)), down = ceil_div(l.block[1], parts);
   for (int64_t z = 0; z < l.block[0]; ++z)
     for (int64_t i = 0; i < down; ++i)
       for (int64_t j = 0; j < across; ++j) {
@@ -75,17 +74,17 @@ void cut_tiles(Layout& l) {
       }
 }
 
-// As few units as packed(tiles) bytes allow, of about equal size.
+// As few units as packed(tiles) bytes allow, of about equal size, each of whole rows of `across` tiles.
 template <class F>
-void cut_units(Layout& l, const F& packed) {
-  const int64_t tiles = static_cast<int64_t>(l.tiles.size());
+void cut_units(Layout& l, int64_t across, const F& packed) {
+  const int64_t rows = static_cast<int64_t>(l.tiles.size()) / across;
   int64_t most = 1;
-  while (most < tiles && packed(most + 1) <= kUnitBytes) ++most;
-  const int64_t units = ceil_div(tiles, most);
-  for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * tiles / units);
+  while (most < rows && packed((most + 1) * across) <= kUnitBytes) ++most;
+  const int64_t units = ceil_div(rows, most);
+  for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * rows / units * across);
 }
 
-bool make_spatial(const Shape& s, double fan_in, Layout& l) {
+bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
   Dims span;
   for (int d = 0; d < 3; ++d) {
     int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
@@ -96,12 +95,13 @@ bool make_spatial(const Shape& s, double fan_in, Layout& l) {
     l.low[d] = low, span[d] = high - low;
   }
   std::vector<Dims> shifts;
+  std::vector<int64_t> phase_of, taps;
   for (int64_t t = 0; t < s.taps(); ++t) {
     const Dims k{t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
     Dims phase, shift;
     for (int d = 0; d < 3; ++d) shift[d] = step(s, d, k[d]).shift - l.low[d], phase[d] = step(s, d, k[d]).phase;
     const auto found = std::find(l.phases.begin(), l.phases.end(), phase);
-    l.tap_phase.push_back(static_cast<int32_t>(found - l.phases.begin()));
+    phase_of.push_back(found - l.phases.begin());
     if (found == l.phases.end()) l.phases.push_back(phase);
     shifts.push_back(shift);
   }
@@ -113,13 +113,13 @@ bool make_spatial(const Shape& s, double fan_in, Layout& l) {
       l.images = images;
       l.blocks = {1, kLanes / (images * across), across};
       place(s, span, l);
-      if (const double cycles = cost(s, l, span, fan_in); cycles < least) least = cycles, best = l;
+      if (const double cycles = cost(s, l, span, w.fan_in()); cycles < least) least = cycles, best = l;
     }
   l = best;
 
   for (const Dims& shift : shifts) {
-    l.tap.push_back((shift[0] * l.rows + shift[1]) * l.pitch + shift[2]);
-    l.span = std::max(l.span, l.tap.back());
+    taps.push_back((shift[0] * l.rows + shift[1]) * l.pitch + shift[2]);
+    l.span = std::max(l.span, taps.back());
   }
   cut_tiles(l);
   const int64_t phases = static_cast<int64_t>(l.phases.size());
@@ -128,35 +128,32 @@ bool make_spatial(const Shape& s, double fan_in, Layout& l) {
     for (int64_t i = first; i < last; ++i) stop = std::max(stop, l.stop(l.tiles[i]));
     return (ceil_div(stop + l.span, l.pitch) - l.at(l.tiles[first]) / l.pitch) * l.pitch * kLanes;
   };
-  cut_units(l, [&](int64_t tiles) {
+  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), [&](int64_t tiles) {
     return floats(0, tiles) * phases * s.in_channels * int64_t{sizeof(float)};
   });
   for (int64_t u = 0; u < l.units(); ++u) l.plane = std::max(l.plane, floats(l.unit[u], l.unit[u + 1]));
   // an odd number of cache lines, so that channels spread over all sets of L1
   l.channel = ceil_div(l.plane * phases, kLine) * kLine;
   if (l.channel / kLine % 2 == 0) l.channel += kLine;
-  const int64_t reach = kMaxOffset / l.channel;
-  if (reach == 0) return false;
-  l.chunk = std::min(reach, chunk_of(footprint(l, span) * kLanes, kChunkBytes, s.in_channels));
+  if (l.chunk * l.channel > int64_t{UINT32_MAX} / static_cast<int64_t>(sizeof(float))) return false;
+  for (size_t t = 0; t < taps.size(); ++t) l.taps.push_back(static_cast<uint32_t>(phase_of[t] * l.plane / kLanes + taps[t]));
   return true;
 }
 
-void make_pointwise(const Shape& s, double fan_in, Layout& l) {
+void make_pointwise(const Shape& s, Layout& l) {
   const int64_t pixels = s.pixels_out();
   l.blocks = {1, 1, 1}, l.block = s.out;
   l.pitch = l.rows = 1;
-  l.phases = {Dims{}}, l.tap = {0}, l.tap_phase = {0};
+  l.phases = {Dims{}}, l.taps = {0};
   l.images = pixels % kLanes == 0 || pixels >= 16 * kLanes ? 1 : std::min<int64_t>(s.images, kLanes);
-  l.together = fan_in < kShortRow ? 1 : kTogether;
   const int64_t vectors = ceil_div(l.images * pixels, kLanes), most = l.together == 1 ? kMaxTile : kNarrow;
   const int64_t tiles = ceil_div(vectors, most);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t from = i * vectors / tiles;
     l.tiles.push_back({0, 0, from, 1, static_cast<int>((i + 1) * vectors / tiles - from)});
   }
-  l.plane = l.channel = std::min(vectors, most) * kLanes;
-  l.chunk = chunk_of(l.channel, l.together == 1 ? kChunkBytes : kNarrowBytes, s.in_channels);
-  cut_units(l, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
+  l.plane = l.channel = (l.together == 1 ? std::min(vectors, most) : most) * kLanes;        // codes count by it
+  cut_units(l, 1, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
 }
 
 }  // namespace
@@ -170,13 +167,12 @@ Shape flatten_pointwise(const Shape& s) {
   return flat;
 }
 
-bool make_layout(const Shape& s, double fan_in, Layout& l) {
+bool make_layout(const Structure& w, const Shape& s, Layout& l) {
   l = Layout{};
-  l.vector = kLanes;
-  l.together = 1;
+  l.chunk = w.chunk, l.together = static_cast<int>(w.together);
   l.pointwise = s.taps() == 1 && s.in == s.out && s.stride == Dims{1, 1, 1} && s.padding == Dims{};
-  if (!l.pointwise) return make_spatial(s, fan_in, l);
-  make_pointwise(s, fan_in, l);
+  if (!l.pointwise) return l.together == 1 && make_spatial(w, s, l);
+  make_pointwise(s, l);
   return true;
 }
 

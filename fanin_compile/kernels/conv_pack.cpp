@@ -34,12 +34,16 @@ struct Weave {
   int64_t image[kLanes], block[kLanes];         // of each lane: the image, and its first column after `first`
 };
 
-Weave weave_of(const Plan& plan, int64_t unit) {
-  const Shape& s = plan.shape;
-  const Layout& l = plan.layout;
+int64_t width_of(const Geometry& g) { return (g.layout.pitch * g.shape.stride[2] + kPiece - 1) / kPiece * kPiece; }
+int64_t stored_of(const Geometry& g) {
+  return g.layout.start(g.shape, 2, g.layout.blocks[2] - 1) * g.shape.stride[2] + width_of(g);
+}
+
+Weave weave_of(const Geometry& geometry, int64_t unit) {
+  const Shape& s = geometry.shape;
+  const Layout& l = geometry.layout;
   Weave w{};
-  w.width = (l.pitch * s.stride[2] + kPiece - 1) / kPiece * kPiece;
-  w.stored = l.start(s, 2, l.blocks[2] - 1) * s.stride[2] + w.width;
+  w.width = width_of(geometry), w.stored = stored_of(geometry);
   w.first = l.low[2] * s.stride[2];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     w.image[lane] = lane / (l.blocks[1] * l.blocks[2]);
@@ -118,8 +122,8 @@ void transpose_row(const X* x, int64_t count, int64_t step, int64_t channels, fl
 // Up to kPiece channels by way of padded rows: for any memory format, and where weaving in place would leave x.
 template <class X>
 void pack_rows(const Op& op, int64_t image, const Weave& w, int64_t c, int64_t channels, float* planes, float* rows) {
-  const Shape& s = op.plan->shape;
-  const Layout& l = op.plan->layout;
+  const Shape& s = op.geometry->shape;
+  const Layout& l = op.geometry->layout;
   const int64_t channel = kLanes * w.stored, pixels = s.pixels_in();
   const int64_t begin = std::max<int64_t>(0, w.first), end = std::min(s.in[2], w.first + w.stored);
   const X* x = static_cast<const X*>(op.x);
@@ -148,9 +152,9 @@ void pack_rows(const Op& op, int64_t image, const Weave& w, int64_t c, int64_t c
 
 template <class X>
 void pack_spatial(const Op& op, int64_t image, int64_t unit, float* planes, float* rows) {
-  const Shape& s = op.plan->shape;
-  const Layout& l = op.plan->layout;
-  const Weave w = weave_of(*op.plan, unit);
+  const Shape& s = op.geometry->shape;
+  const Layout& l = op.geometry->layout;
+  const Weave w = weave_of(*op.geometry, unit);
   const int64_t channels = s.in_channels, pixels = s.pixels_in(), size = op.batch * channels * pixels;
   if (op.channels_last) {
     for (int64_t c = 0; c < channels; c += kPiece)
@@ -204,14 +208,14 @@ struct Straight {
 
 // Vectors of a unit, those of consecutive elements apart.
 void pixels_of(const Op& op, int64_t image, int64_t unit, float* planes, std::vector<Straight>& straight, std::vector<Pixels>& others) {
-  const Shape& s = op.plan->shape;
-  const Layout& l = op.plan->layout;
+  const Shape& s = op.geometry->shape;
+  const Layout& l = op.geometry->layout;
   const int64_t pixels = s.pixels_in(), images = std::min(l.images, op.batch - image);
   const int64_t first = l.tiles[l.unit[unit]].x * kLanes;
   int64_t i = first / pixels, pixel = first % pixels;
   for (int64_t tile = l.unit[unit]; tile < l.unit[unit + 1]; ++tile)
     for (int64_t t = 0; t < l.tiles[tile].vectors; ++t) {
-      Pixels p{{}, planes + (tile - l.unit[unit]) * packed_channels(*op.plan) * l.channel + t * kLanes};
+      Pixels p{{}, planes + (tile - l.unit[unit]) * l.packed_channels(s) * l.channel + t * kLanes};
       bool consecutive = true;
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         if (i < images) p.at[lane] = i * s.in_channels * pixels + (op.channels_last ? pixel * s.in_channels : pixel);
@@ -225,21 +229,18 @@ void pixels_of(const Op& op, int64_t image, int64_t unit, float* planes, std::ve
 
 template <class X>
 void pack_pixels(const Op& op, int64_t image, int64_t unit, float* planes) {
-  const Shape& s = op.plan->shape;
-  const Layout& l = op.plan->layout;
+  const Shape& s = op.geometry->shape;
+  const Layout& l = op.geometry->layout;
   const int64_t channels = s.in_channels, pixels = s.pixels_in(), tiles = l.unit[unit + 1] - l.unit[unit];
   const X* x = static_cast<const X*>(op.x) + image * channels * pixels;
   std::vector<Straight> straight;
   std::vector<Pixels> others;
   pixels_of(op, image, unit, planes, straight, others);
-  const auto at = [&](int64_t c) { return chunk_at(l, c / l.chunk * l.chunk) + c % l.chunk * l.channel; };
+  const auto at = [&](int64_t c) { return (c / l.chunk * l.chunk_channels() + c % l.chunk) * l.channel; };
   if (l.together > 1)
     for (int64_t i = 0; i < tiles; ++i)
-      for (int64_t c = 0; c < channels; c += l.chunk) {
-        const int64_t behind = chunk_at(l, c) + l.chunk * l.channel;
-        std::fill_n(planes + i * packed_channels(*op.plan) * l.channel + std::min(behind, (packed_channels(*op.plan) - 1) * l.channel),
-                    l.channel, 0.0f);
-      }
+      for (int64_t c = 0; c < l.chunks(s); ++c)
+        std::fill_n(planes + (i * l.packed_channels(s) + c * l.chunk_channels() + l.chunk) * l.channel, l.channel, 0.0f);
   if (op.channels_last) {
     for (const Pixels& p : others) {
       int64_t c = 0;
@@ -267,30 +268,21 @@ void pack_pixels(const Op& op, int64_t image, int64_t unit, float* planes) {
 
 }  // namespace
 
-int64_t chunk_at(const Layout& l, int64_t channel) {
-  return (channel + (l.together > 1 ? channel / l.chunk : 0)) * l.channel;
-}
-
-int64_t packed_channels(const Plan& plan) {
-  const Layout& l = plan.layout;
-  return plan.shape.in_channels + (l.together > 1 ? l.chunks(plan.shape) : 0);
-}
-
-int64_t pack_floats(const Plan& plan) {
-  const Layout& l = plan.layout;
+int64_t pack_floats(const Geometry& geometry) {
+  const Layout& l = geometry.layout;
+  const int64_t channels = l.packed_channels(geometry.shape);
   int64_t tiles = 0;
   for (int64_t u = 0; u < l.units(); ++u) tiles = std::max(tiles, l.unit[u + 1] - l.unit[u]);
-  if (l.pointwise) return packed_channels(plan) * l.channel * tiles;
-  const Weave w = weave_of(plan, 0);
-  return plan.shape.in_channels * l.channel + w.width + kPiece * kLanes * w.stored;
+  if (l.pointwise) return channels * l.channel * tiles;
+  return channels * l.channel + width_of(geometry) + kPiece * kLanes * stored_of(geometry);
 }
 
 void pack(const Op& op, int64_t image, int64_t unit, float* planes) {
-  const Plan& plan = *op.plan;
   with_dtype(op.x_type, [&](auto zero) {
     using X = decltype(zero);
-    if (plan.layout.pointwise) return pack_pixels<X>(op, image, unit, planes);
-    pack_spatial<X>(op, image, unit, planes, planes + plan.shape.in_channels * plan.layout.channel);
+    const Geometry& g = *op.geometry;
+    if (g.layout.pointwise) return pack_pixels<X>(op, image, unit, planes);
+    pack_spatial<X>(op, image, unit, planes, planes + g.shape.in_channels * g.layout.channel);
   });
 }
 

@@ -1,7 +1,9 @@
 // The convolution microkernel: weights are broadcast against a tile of outputs.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "activation.h"
@@ -32,16 +34,23 @@ struct Sums {
 #pragma GCC unroll 16
     for (int t = 0; t < kVectors; ++t) store_raw(sums + t * kLanes, v[Row * kVectors + t]);
   }
+  // at: in units of kUnit bytes from x; opaque, so that it is the one index of all addresses
+  static constexpr int64_t kUnit = R == 1 ? 1 : kLanes;
   template <int Row>
-  FANIN_INLINE void add(vf weight, const float* x, int64_t gap) {
+  FANIN_INLINE void add(vf weight, const float* x, int64_t at, int64_t gap) {
+#pragma GCC unroll 4
+    for (int part = 0; part < P; ++part, at += gap) {
+      asm("" : "+r"(at));
+      const char* p = reinterpret_cast<const char*>(x) + at * kUnit;
 #pragma GCC unroll 16
-    for (int t = 0; t < kVectors; ++t) v[Row * kVectors + t] += weight * load_raw<vf>(x + t / N * gap + t % N * kLanes);
+      for (int t = 0; t < N; ++t) v[Row * kVectors + part * N + t] += weight * load_raw<vf>(p + t * sizeof(vf));
+    }
   }
-  template <int... J>
-  FANIN_INLINE void add4(const float* values, const uint16_t* offsets, const float* x, int64_t gap,
+  template <class O, int... J>
+  FANIN_INLINE void add4(const float* values, const O* offsets, const float* x, int64_t gap,
                          std::integer_sequence<int, J...>) {
     const Weights4 w(values);
-    (add<J % R>(w.pick<J>(), x + offsets[J], gap), ...);
+    (add<J % R>(w.pick<J>(), x, offsets[J], gap), ...);
   }
 };
 
@@ -58,10 +67,11 @@ constexpr int kVisitsAhead = 4;
 
 // Visits of one kind.
 struct Runs {
-  const uint16_t *count, *end, *rows, *offsets;
+  const uint16_t *count, *end, *rows;
+  const void* offsets;          // from x: uint32_t, bytes; of runs side by side: uint16_t, kLanes bytes
   const float *values, *x;
   float* sums;
-  int64_t gap;
+  int64_t gap;                  // bytes between the parts of a tile
   bool fresh;                   // sums start from zero
   const Target* target;         // of runs that end their rows, or null: sums are kept
 };
@@ -107,7 +117,9 @@ void accumulate(Runs& r) {
   static_assert(R == 1 || R == 4);
   constexpr int kSums = P * N * kLanes;
   const float* w = r.values;
-  const uint16_t *o = r.offsets, *row = r.rows;
+  using O = std::conditional_t<R == 1, uint32_t, uint16_t>;
+  const O* o = static_cast<const O*>(r.offsets);
+  const uint16_t* row = r.rows;
   const int64_t gap = r.gap;
   const float* x = r.x;
   float* kept = r.sums;
@@ -122,7 +134,7 @@ void accumulate(Runs& r) {
     int left = *count * R;
     for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, x, gap, S4{});
     if constexpr (R == 1)
-      for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(*w), x + *o, gap);
+      for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(*w), x, *o, gap);
     if (ends) each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { finish<i>(target, sums, target.live[row[i]]); });
     else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row[i] * kSums); });
   }
@@ -154,8 +166,8 @@ Kernel kernel(const Tile& tile, int together) {
 
 // The lanes of a tile in y. True if they are consecutive elements.
 bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
-  const Shape& s = op.plan->shape;
-  const Layout& l = op.plan->layout;
+  const Shape& s = op.geometry->shape;
+  const Layout& l = op.geometry->layout;
   const int64_t pixels = s.pixels_out(), step = op.channels_last ? s.out_channels : 1;
   const int64_t images = std::min(l.images, op.batch - image), begin = image * s.out_channels * pixels;
   places.channel = op.channels_last ? 1 : pixels;
@@ -184,54 +196,131 @@ bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
   return straight && (step == 1 || s.out_channels == 1);
 }
 
-}  // namespace
+// ---- what a stage stores, made ready -------------------------------------------------------------------------------------
 
-int64_t scratch_floats(const Plan& plan, int64_t first_block, int64_t last_block) {
-  int64_t rows = 0;
-  for (int64_t b = first_block; b < last_block; ++b) rows = std::max(rows, plan.block[b + 1] - plan.block[b]);
-  return pack_floats(plan) + rows * kMaxTile * kLanes;
+constexpr int kTableTaps = 16;                  // most taps whose offsets are looked up in registers
+
+// Codes, channel << bits | tap, to bytes from the chunk's first channel.
+class Decoder {
+ public:
+  Decoder(const Layout& l, int64_t taps)
+      : bits_(std::bit_width(static_cast<uint64_t>(taps - 1))), channel_(static_cast<uint32_t>(l.channel / kLanes)),
+        fast_(taps <= kTableTaps && l.chunk * channel_ <= UINT16_MAX), taps_(l.taps.data()) {
+    for (int64_t t = 0; fast_ && t < taps; ++t)
+      low_[t] = static_cast<uint8_t>(taps_[t]), high_[t] = static_cast<uint8_t>(taps_[t] >> 8);
+  }
+
+  void operator()(const uint16_t* codes, int64_t count, uint32_t* out) const {
+    int64_t i = 0;
+#if defined(__AVX2__)
+    if (fast_) {
+      const auto repeat = [](const uint8_t* p) { return _mm256_broadcastsi128_si256(load_raw<__m128i>(p)); };
+      const auto each = [](int number) { return _mm256_set1_epi16(static_cast<int16_t>(number)); };
+      const __m256i low = repeat(low_), high = repeat(high_), channel = each(static_cast<int>(channel_));
+      const __m256i tap = each((1 << bits_) - 1), not_high = each(0x8000), not_low = each(0x80);
+      const __m128i bits = _mm_cvtsi32_si128(bits_);
+      for (; i + 16 <= count; i += 16) {
+        const __m256i code = load_raw<__m256i>(codes + i), t = _mm256_and_si256(code, tap);
+        // each half of a tap's offset is looked up where it belongs; bytes with their highest bit set give 0
+        const __m256i offset = _mm256_or_si256(_mm256_shuffle_epi8(low, _mm256_or_si256(t, not_high)),
+                                               _mm256_shuffle_epi8(high, _mm256_or_si256(_mm256_slli_epi16(t, 8), not_low)));
+        const __m256i vectors = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_srl_epi16(code, bits), channel), offset);
+        const auto put = [&](uint32_t* to, __m128i half) {
+          using U = Vec<uint32_t, 8>;
+          store_raw(to, (U)_mm256_cvtepu16_epi32(half) * uint32_t{sizeof(vf)});
+        };
+        put(out + i, _mm256_castsi256_si128(vectors));
+        put(out + i + 8, _mm256_extracti128_si256(vectors, 1));
+      }
+    }
+#endif
+    const uint32_t tap = (1u << bits_) - 1;
+    for (; i < count; ++i) out[i] = ((codes[i] >> bits_) * channel_ + taps_[codes[i] & tap]) * uint32_t{sizeof(vf)};
+  }
+
+ private:
+  int bits_;
+  uint32_t channel_;            // vectors
+  bool fast_;                   // 16 bits are enough
+  const uint32_t* taps_;
+  uint8_t low_[kTableTaps] = {}, high_[kTableTaps] = {};
+};
+
+void widen_values(const Op& op, int64_t entry, int64_t count, float* out) {
+  with_dtype(op.value_type, [&](auto zero) {
+    const auto* values = static_cast<const decltype(zero)*>(op.values) + entry;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_raw(out + i, widen<kLanes>(values + i));
+    for (; i < count; ++i) out[i] = widen1(values + i);
+  });
 }
 
+// What run() keeps in its scratch, in floats; each part begins at a cache line.
+struct Parts {
+  int64_t values, offsets, planes, end;         // the sums of a block come first
+
+  explicit Parts(const Op& op) {
+    const auto lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+    const Structure& w = *op.weight;
+    values = lines(w.tallest() * kMaxTile * kLanes);
+    offsets = values + (op.value_type == DType::f32 ? 0 : lines(w.longest));
+    planes = offsets + (w.together > 1 ? 0 : lines(w.longest));
+    end = planes + pack_floats(*op.geometry);
+  }
+};
+
+}  // namespace
+
+int64_t scratch_floats(const Op& op) { return Parts(op).end; }
+
 void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
-  const Plan& plan = *op.plan;
-  const Layout& l = plan.layout;
+  const Structure& w = *op.weight;
+  const Layout& l = op.geometry->layout;
   const Tile* first = l.tiles.data() + l.unit[unit];
-  float *sums = scratch, *planes = sums;
-  for (int64_t b = first_block; b < last_block; ++b)
-    planes = std::max(planes, sums + (plan.block[b + 1] - plan.block[b]) * kMaxTile * kLanes);
+  const Parts parts(op);
+  float *sums = scratch, *widened = scratch + parts.values, *planes = scratch + parts.planes;
+  uint32_t* decoded = reinterpret_cast<uint32_t*>(scratch + parts.offsets);
   pack(op, image, unit, planes);
 
   Places places;
   Target target{};
   target.bias = static_cast<const float*>(op.bias);
-  target.pixels = plan.shape.pixels_out();
+  target.pixels = op.geometry->shape.pixels_out();
   constexpr float infinity = std::numeric_limits<float>::infinity();
   target.floor = op.act == Act::none ? -infinity : 0.0f;
   target.ceiling = op.act == Act::relu6 ? 6.0f : infinity;
   const bool simple = op.x_type == DType::f32 && (!op.bias || op.bias_type == DType::f32) &&
                       (op.act == Act::none || op.act == Act::relu || op.act == Act::relu6);
+  const Decoder decode(l, w.taps);
+  const int64_t chunks = w.chunks(), tile_step = l.packed_channels(op.geometry->shape) * l.channel;
   for (const Tile* tile = first; tile < l.tiles.data() + l.unit[unit + 1]; ++tile) {
     const bool finished = places_of(op, image, *tile, places) && simple;
     target.y = static_cast<float*>(op.y) + places.at[0][0];
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
-    const float* x = planes + (l.pointwise ? (tile - first) * packed_channels(plan) * l.channel
-                                           : (l.at(*tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
+    const float* x = planes + (l.pointwise ? (tile - first) * tile_step : (l.at(*tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
     const Kernel accumulate = kernel(*tile, l.together);
     for (int64_t block = first_block; block < last_block; ++block) {
-      target.live = plan.live.data() + plan.block[block];
-      for (const Stage& stage : plan.stages[block]) {
+      target.live = w.rows() + w.first_row(block);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const Stage* stage = w.stages() + block * chunks + chunk;
+        const int64_t entry = stage->entry, count = stage[1].entry - entry;
+        if (count == 0) continue;
         Runs runs{};
-        runs.count = plan.counts.data() + stage.begin, runs.rows = plan.rows.data() + stage.begin * l.together;
-        runs.offsets = plan.offsets.data() + stage.nonzero, runs.values = plan.values.data() + stage.nonzero;
-        runs.x = x + chunk_at(l, stage.channel), runs.sums = sums, runs.gap = l.pitch * kLanes;
-        for (int part = 0; part < 4; ++part) {
-          runs.end = plan.counts.data() + stage.end[part];
-          runs.fresh = part < 2;
-          runs.target = finished && (part == 0 || part == 3) ? &target : nullptr;
+        runs.count = w.counts() + stage->visit[0], runs.rows = w.order() + stage->visit[0] * l.together;
+        runs.x = x + chunk * l.chunk_channels() * l.channel, runs.sums = sums;
+        runs.gap = l.pitch * int64_t{sizeof(vf)};
+        runs.offsets = w.codes() + entry;
+        if (l.together == 1) decode(w.codes() + entry, count, decoded), runs.offsets = decoded;
+        runs.values = static_cast<const float*>(op.values) + entry;
+        if (op.value_type != DType::f32) widen_values(op, entry, count, widened), runs.values = widened;
+        for (int kind = 0; kind < 4; ++kind) {
+          runs.end = w.counts() + (kind < 3 ? stage->visit[kind + 1] : stage[1].visit[0]);
+          runs.fresh = kind < 2;
+          runs.target = finished && (kind == 0 || kind == 3) ? &target : nullptr;
           accumulate(runs);
         }
       }
-      if (!finished) store(op, *tile, places, sums, plan.block[block], plan.block[block + 1]);
+      if (!finished) store(op, *tile, places, sums, w.first_row(block), w.first_row(block + 1));
     }
   }
 }

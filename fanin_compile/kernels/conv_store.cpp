@@ -51,8 +51,8 @@ template <Act A, class X>
 void pixels(const Op& op, const Tile& tile, const Places& places, const Output<X>& to, const float* sums, int64_t first,
             int64_t last) {
   for (int64_t r = first; r < last; ++r) {
-    const int64_t channel = op.plan->live[r], base = channel * places.channel;
-    const int64_t ahead = op.plan->live[std::min(r + kRowsAhead, last - 1)] * places.channel;
+    const int64_t channel = op.weight->rows()[r], base = channel * places.channel;
+    const int64_t ahead = op.weight->rows()[std::min(r + kRowsAhead, last - 1)] * places.channel;
     const vf bias = splat(bias_at(op, channel));
     for (int t = 0; t < tile.vectors; ++t, sums += kLanes) {
       const int64_t* at = places.at[t];
@@ -136,8 +136,8 @@ void blocks(const Op& op, const Tile& tile, const Places& places, const Output<X
   const std::vector<Pieces> pieces = pieces_of(tile, places);
   const std::vector<int64_t> lines = lines_of<X>(tile, places);
   for (int64_t r = first; r < last; ++r, sums += tile.parts * tile.vectors * kLanes) {
-    const int64_t channel = op.plan->live[r], base = channel * places.channel;
-    const int64_t ahead = op.plan->live[std::min(r + kRowsAhead, last - 1)] * places.channel;
+    const int64_t channel = op.weight->rows()[r], base = channel * places.channel;
+    const int64_t ahead = op.weight->rows()[std::min(r + kRowsAhead, last - 1)] * places.channel;
     for (const int64_t line : lines) to.prefetch(ahead + line);
     const vf bias = splat(bias_at(op, channel));
     for (const Pieces& p : pieces) {
@@ -161,7 +161,7 @@ void channels_last(const Op& op, const Tile& tile, const Places& places, const O
   const int64_t stride = tile.parts * tile.vectors * kLanes;
   for (int64_t r = first; r < last; r += kLanes) {
     const int64_t rows = std::min<int64_t>(kLanes, last - r);
-    const int32_t* channel = op.plan->live.data() + r;
+    const int32_t* channel = op.weight->rows() + r;
     const bool whole = rows == kLanes && channel[kLanes - 1] - channel[0] == kLanes - 1;
     vf bias{};
     for (int64_t i = 0; i < rows; ++i) bias[i] = bias_at(op, channel[i]);
@@ -189,10 +189,11 @@ void channels_last(const Op& op, const Tile& tile, const Places& places, const O
 
 template <Act A, class X>
 void dead(const Op& op, int64_t image) {
-  const Shape& s = op.plan->shape;
+  const Shape& s = op.geometry->shape;
   const int64_t pixels = s.pixels_out(), base = image * s.out_channels * pixels;
   const Output<X> to{static_cast<X*>(op.y) + base, op.residual ? static_cast<const X*>(op.residual) + base : nullptr};
-  for (const int32_t channel : op.plan->dead) {
+  for (int64_t r = op.weight->live; r < op.weight->out; ++r) {
+    const int32_t channel = op.weight->rows()[r];
     const vf bias = splat(bias_at(op, channel));
     const int64_t step = op.channels_last ? 1 : kLanes;
     for (int64_t i = 0; i < pixels; i += step) {
@@ -214,7 +215,7 @@ void store(const Op& op, const Tile& tile, const Places& places, const float* su
     constexpr Act A = decltype(act)::value;
     using X = decltype(x);
     const Output<X> to{static_cast<X*>(op.y), static_cast<const X*>(op.residual)};
-    const auto put = op.channels_last ? channels_last<A, X> : op.plan->layout.pointwise ? pixels<A, X> : blocks<A, X>;
+    const auto put = op.channels_last ? channels_last<A, X> : op.geometry->layout.pointwise ? pixels<A, X> : blocks<A, X>;
     put(op, tile, places, to, sums, first, last);
   });
 }

@@ -18,15 +18,6 @@ FANIN_INLINE decltype(auto) with_dtype(DType type, F&& f) {
 }
 
 template <class F>
-FANIN_INLINE decltype(auto) with_itype(IType type, F&& f) {
-  switch (type) {
-    case IType::u8: return f(uint8_t{});
-    case IType::u16: return f(uint16_t{});
-    default: return f(int32_t{});
-  }
-}
-
-template <class F>
 FANIN_INLINE decltype(auto) with_act(Act act, F&& f) {
   switch (act) {
     case Act::relu: return f(std::integral_constant<Act, Act::relu>{});

@@ -6,7 +6,6 @@
 namespace fanin {
 
 enum class DType : int32_t { f32, bf16, f16 };
-enum class IType : int32_t { u8, u16, i32 };
 enum class Act : int32_t { none, relu, relu6, gelu, gelu_tanh, silu, hardswish, sigmoid, tanh };
 
 // Four rows of one block, of about equal count in one chunk of columns: 2 * pairs steps, each of one non-zero of every row.

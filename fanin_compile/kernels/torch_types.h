@@ -22,15 +22,6 @@ inline std::optional<DType> dtype_of(const at::Tensor& t) {
   }
 }
 
-inline IType itype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kByte: return IType::u8;
-    case at::kUInt16: return IType::u16;
-    case at::kInt: return IType::i32;
-    default: TORCH_CHECK_TYPE(false, "fanin: indices must be uint8, uint16 or int32, got ", t.scalar_type());
-  }
-}
-
 inline Act act_of(std::string_view name) {
   static constexpr std::pair<std::string_view, Act> table[] = {
       {"none", Act::none}, {"relu", Act::relu}, {"relu6", Act::relu6},

@@ -4,13 +4,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "conv_layout.cpp"
 #include "conv_pack.cpp"
-#include "conv_plan.cpp"
 #include "conv_run.cpp"
 #include "conv_store.cpp"
 
@@ -28,14 +29,22 @@ struct Floats {
   std::vector<char> bytes;
   std::vector<float> exact;
 
-  Floats(int64_t count, DType type) : bytes(count * (type == DType::f32 ? 4 : 2)), exact(count) {
+  Floats(const std::vector<float>& from, DType type) : bytes(from.size() * (type == DType::f32 ? 4 : 2)), exact(from.size()) {
     with_dtype(type, [&](auto zero) {
       auto* p = reinterpret_cast<decltype(zero)*>(bytes.data());
-      for (int64_t i = 0; i < count; ++i) {
-        narrow1(p + i, value());
+      for (size_t i = 0; i < from.size(); ++i) {
+        narrow1(p + i, from[i]);
         exact[i] = widen1(p + i);
       }
     });
+  }
+  Floats(int64_t count, DType type) : Floats(random(count), type) {}
+
+ private:
+  static std::vector<float> random(int64_t count) {
+    std::vector<float> numbers(count);
+    std::generate(numbers.begin(), numbers.end(), value);
+    return numbers;
   }
 };
 
@@ -74,6 +83,104 @@ Case random_case() {
   return c;
 }
 
+// One run: the non-zeros [start, start + count) of a live row in one chunk.
+struct Run {
+  int64_t start, count, row;
+  bool first, last;
+  int kind() const { return first ? (last ? 0 : 1) : (last ? 3 : 2); }
+};
+
+// The weight in exactly sized arrays, packed as packing_conv.py does it, but for blocks and chunks of any size.
+struct Packed {
+  conv::Structure header{};
+  std::vector<char> structure;  // alignment is malloc's
+  std::vector<float> values;
+
+  Packed(const Case& c, const std::vector<float>& dense_values) {
+    const conv::Shape& s = c.shape;
+    const bool pointwise = conv::flatten_pointwise(s).out != s.out || (s.taps() == 1 && s.in == s.out);
+    conv::Structure& h = header;
+    h.version = conv::Structure::kVersion;
+    h.out = s.out_channels, h.group_channels = s.group_channels(), h.groups = s.groups, h.taps = s.taps();
+    h.nnz = static_cast<int64_t>(c.indices.size());
+    h.together = pointwise && rng() % 2 ? conv::kTogether : 1;
+    h.chunk = std::min<int64_t>(s.in_channels, pick({1, 5, 16, 33}));
+    std::vector<int32_t> rows, live;
+    for (int64_t r = 0; r < c.n; ++r)
+      if (c.row_ptr[r] < c.row_ptr[r + 1]) rows.push_back(c.rows[r]), live.push_back(static_cast<int32_t>(r));
+    h.live = static_cast<int64_t>(rows.size()), h.blocks = pick({1, 2, 5});
+    for (int32_t o = 0; o < s.out_channels; ++o)
+      if (std::find(rows.begin(), rows.begin() + h.live, o) == rows.begin() + h.live) rows.push_back(o);
+
+    int64_t step = conv::kNarrow * 4;
+    if (h.together == 1)
+      for (step = 1; step < h.taps;) step *= 2;
+    std::vector<conv::Stage> stages;
+    std::vector<uint16_t> counts, order, codes;
+    for (int64_t block = 0; block < h.blocks; ++block)
+      for (int64_t chunk = 0; chunk < h.chunks(); ++chunk) {
+        std::vector<Run> runs;
+        for (int64_t i = h.first_row(block); i < h.first_row(block + 1); ++i) {
+          const int64_t begin = c.row_ptr[live[i]], end = c.row_ptr[live[i] + 1];
+          Run run{0, 0, i, false, false};
+          for (int64_t j = begin; j < end; ++j) {
+            if (channel_of(c, rows[i], j) / h.chunk != chunk) continue;
+            if (run.count++ == 0) run.start = j, run.first = j == begin;
+            run.last = j == end - 1;
+          }
+          if (run.count) runs.push_back(run);
+        }
+        conv::Stage stage{static_cast<int32_t>(codes.size()), {}};
+        for (int kind = 0; kind < 4; ++kind) {
+          stage.visit[kind] = static_cast<int32_t>(counts.size());
+          std::vector<Run> of_kind;
+          std::copy_if(runs.begin(), runs.end(), std::back_inserter(of_kind), [&](const Run& r) { return r.kind() == kind; });
+          for (size_t at = 0; at < of_kind.size(); at += h.together) {
+            const int64_t real = std::min<int64_t>(h.together, static_cast<int64_t>(of_kind.size() - at)), missing = h.together - real;
+            int64_t longest = 0;
+            for (int64_t i = 0; i < real; ++i) longest = std::max(longest, of_kind[at + i].count);
+            counts.push_back(static_cast<uint16_t>(longest));
+            for (int64_t i = 0; i < h.together; ++i)
+              order.push_back(static_cast<uint16_t>(of_kind[at + std::max<int64_t>(0, i - missing)].row - h.first_row(block)));
+            for (int64_t j = 0; j < longest; ++j)
+              for (int64_t i = 0; i < h.together; ++i) {
+                const Run& run = of_kind[at + std::max<int64_t>(0, i - missing)];
+                const bool filler = i < missing || j >= run.count;
+                const int64_t n = run.start + j;
+                values.push_back(filler ? 0.0f : dense_values[n]);
+                codes.push_back(static_cast<uint16_t>(
+                    filler ? h.chunk * step : (channel_of(c, rows[run.row], n) - chunk * h.chunk) * step + c.indices[n] % h.taps));
+              }
+          }
+        }
+        stages.push_back(stage);
+        h.longest = std::max(h.longest, static_cast<int64_t>(codes.size()) - stage.entry);
+      }
+    const auto visits = static_cast<int32_t>(counts.size());
+    stages.push_back({static_cast<int32_t>(codes.size()), {visits, visits, visits, visits}});
+    h.entries = static_cast<int64_t>(codes.size()), h.visits = visits;
+    structure.resize(sizeof(conv::Structure));
+    h.rows_at = append(rows), h.stages_at = append(stages), h.counts_at = append(counts), h.order_at = append(order);
+    h.codes_at = append(codes), h.bytes = static_cast<int64_t>(structure.size());
+    std::memcpy(structure.data(), &h, sizeof(h));
+  }
+
+  const conv::Structure& get() const { return *reinterpret_cast<const conv::Structure*>(structure.data()); }
+
+ private:
+  static int64_t channel_of(const Case& c, int64_t out, int64_t j) {
+    const conv::Shape& s = c.shape;
+    return out / (s.out_channels / s.groups) * s.group_channels() + c.indices[j] / s.taps();
+  }
+  template <class T>
+  int64_t append(const std::vector<T>& part) {
+    const auto at = static_cast<int64_t>((structure.size() + 7) / 8 * 8);
+    structure.resize(at + part.size() * sizeof(T));
+    if (!part.empty()) std::memcpy(structure.data() + at, part.data(), part.size() * sizeof(T));
+    return at;
+  }
+};
+
 double worst_excess(const Case& c) {
   const conv::Shape& s = c.shape;
   const DType x_type = static_cast<DType>(rng() % 3), value_type = static_cast<DType>(rng() % 3);
@@ -82,30 +189,25 @@ double worst_excess(const Case& c) {
   const Floats x(c.batch * s.in_channels * in, x_type), values(nnz, value_type), bias(s.out_channels, DType::f32);
   const Floats residual(c.batch * s.out_channels * out, x_type);
   std::vector<char> y(residual.bytes.size(), static_cast<char>(0xff));        // NaN
-  const std::vector<uint16_t> indices(c.indices.begin(), c.indices.end());
 
-  const conv::Shape flat = conv::flatten_pointwise(s);
-  conv::Layout layout;
-  const double fan_in = static_cast<double>(nnz) / static_cast<double>(std::max<int64_t>(c.n, 1));
-  if (!conv::make_layout(flat, fan_in, layout)) return INFINITY;
-  conv::Plan plan;
-  const conv::Structure structure{
-      indices.data(), values.bytes.data(), c.row_ptr.data(), c.rows.data(), c.n, 0, IType::u16, value_type};
-  const int64_t split = pick({1, 2});
-  if (conv::build_plan(structure, flat, layout, split, plan)) return INFINITY;
+  const Packed packed(c, values.exact);
+  const Floats stored(packed.values, value_type);
+  conv::Geometry geometry{conv::flatten_pointwise(s), {}};
+  if (!conv::make_layout(packed.get(), geometry.shape, geometry.layout)) return INFINITY;
   conv::Op op{};
-  op.plan = &plan, op.x = x.bytes.data(), op.bias = bias.bytes.data();
+  op.weight = &packed.get(), op.geometry = &geometry, op.values = stored.bytes.data(), op.value_type = value_type;
+  op.x = x.bytes.data(), op.bias = bias.bytes.data();
   op.residual = rng() % 2 ? residual.bytes.data() : nullptr, op.y = y.data(), op.batch = c.batch;
   op.x_type = x_type, op.channels_last = last, op.act = rng() % 2 ? Act::relu : Act::none;
-  const int64_t per = plan.blocks() / split;
-  for (int64_t part = 0; part < split && per > 0; ++part) {
-    const int64_t floats = conv::scratch_floats(plan, part * per, (part + 1) * per);
+  const int64_t split = pick({1, 2}), blocks = packed.header.blocks, floats = conv::scratch_floats(op);
+  for (int64_t part = 0; part < split; ++part) {
     const auto free_it = [](float* p) { std::free(p); };
     const std::unique_ptr<float, decltype(free_it)> scratch(
         static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)), free_it);
-    for (int64_t image = 0; image < c.batch; image += layout.images)
-      for (int64_t unit = 0; unit < layout.units(); ++unit)
-        conv::run(op, image, unit, part * per, (part + 1) * per, scratch.get());
+    std::fill_n(scratch.get(), floats, NAN);
+    for (int64_t image = 0; image < c.batch; image += geometry.layout.images)
+      for (int64_t unit = 0; unit < geometry.layout.units(); ++unit)
+        conv::run(op, image, unit, part * blocks / split, (part + 1) * blocks / split, scratch.get());
   }
   for (int64_t image = 0; image < c.batch; ++image) conv::run_dead(op, image);
 

@@ -1,48 +1,29 @@
-"""Which channels of an activation are constant, and what they are: the analysis behind removing ablated neurons.
+"""Which elements of an activation are constant, and what they are: the analysis behind removing ablated neurons.
 
 A neuron without inputs outputs its bias whatever the model is fed. This file follows such constants forward through
-the graph: pointwise functions, eval batch norm, pooling, reshapes, slices, concatenations, residual adds. What mixes
-channels (layer norm, softmax, attention) ends the trail.
+the graph: pointwise functions, eval batch norm, pooling, whatever moves elements, residual adds, depthwise
+convolutions, the values of attention. What mixes neurons (layer norm, other layers) ends the trail.
 
-A product is constant 0 where one factor is, so finite activations are assumed.
+Constants are float64, NaN where unknown; what is not finite is unknown. A product is constant 0 where one factor is, so
+finite activations are assumed.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, tensor_meta
+from fanin_compile.axes import Spread, together
+from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, overwritten, tensor_meta
+from fanin_compile.moves import AVG_POOLS, PADS, SAME, VIEWS, is_move, moved
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class Channels:
-    """Along dimension `dim` of a tensor, channel c equals values[c] everywhere if constant[c].
-
-    Attributes:
-        dim: counted from the left.
-        constant: bool [C].
-        values: float64 [C], meaningful where constant.
-    """
-
-    dim: int
-    constant: Tensor
-    values: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Channels:
-        return Channels(self.dim, self.constant, function(self.values))
-
-
-Known = Mapping[fx.Node, Channels]
-Transfer = Callable[[fx.Node, Known, Evaluator], Channels | None]
+Known = Mapping[fx.Node, Spread]
 
 POINTWISE = (
     *(aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default),
@@ -60,280 +41,276 @@ BINARY: dict[object, Callable[..., Tensor]] = {
     aten.mul_.Tensor: torch.mul,
     aten.div.Tensor: torch.div,
 }
-SAME_VALUE = (
-    *(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default),
-    *(aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.dropout_.default),
-)
-SPATIAL_MEANS = (
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
-)
-MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-AVG_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
-RESHAPES = (
-    *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default),
-    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-)
-PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default)
+ATTENTION = aten.scaled_dot_product_attention.default
+PRODUCTS = (aten.bmm.default, aten.matmul.default)
+SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+_RESHAPES = (*VIEWS, aten.unsqueeze.default, aten.slice.Tensor, aten.expand.default, aten.contiguous.default)
+DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
 
 
-def constant_channels(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    """The constant channels of `node` by those of its inputs; None if none are known."""
-    if node.op != "call_function":
+def constants(graph: fx.Graph, evaluate: Evaluator) -> dict[fx.Node, Spread]:
+    """The constant elements of every node's tensor that has some."""
+    known: dict[fx.Node, Spread] = {}
+    changed = overwritten(graph)
+    for node in graph.nodes:
+        found = constant_elements(node, known, evaluate)
+        if found is not None and node not in changed:
+            known[node] = found
+    return known
+
+
+def constant_elements(node: fx.Node, known: Known, evaluate: Evaluator) -> Spread | None:
+    """The constant elements of `node` by those of its inputs; None if none are known."""
+    meta = tensor_meta(node)
+    if node.op != "call_function" or meta is None or not meta.dtype.is_floating_point:
         return None
+    found = None
     if CONDENSED in node.meta:
-        return _layer(node, evaluate)
-    transfer = _TRANSFERS.get(node.target)
-    if transfer is None:
+        found = _layer(node, evaluate)
+    elif node.target in POINTWISE:
+        found = _pointwise(node, known)
+    elif node.target in BINARY:
+        found = _binary(node, meta, known, evaluate)
+    elif node.target is aten.batch_norm.default:
+        found = _batch_norm(node, meta, known, evaluate)
+    elif node.target in CONVOLUTIONS:
+        found = _depthwise(node, meta, known, evaluate)
+    elif node.target is ATTENTION or node.target in PRODUCTS:
+        found = _weighted(node, meta, known)
+    elif is_move(node) and _keeps_values(node):
+        found = moved(node, lambda arg: _known_or_not(node, arg, known), _same_or_unknown)
+        if found is not None and node.target in PADS:
+            found = _padded(node, found)
+    if found is None:
         return None
-    channels = transfer(node, known, evaluate)
-    return channels if channels is not None and bool(channels.constant.any()) else None
+    finite = torch.where(found.data.isfinite(), found.data, torch.nan)
+    return None if bool(finite.isnan().all()) else found.with_data(finite)
 
 
 def channel_dim(node: fx.Node) -> int | None:
-    """The dimension of a linear's or convolution's output that counts its neurons."""
+    """The dimension of a linear's or convolution's output, or input, that counts its neurons."""
     meta = tensor_meta(node)
     if meta is None:
         return None
     return meta.ndim - (1 if node.target is aten.linear.default else CONVOLUTIONS[node.target] + 1)
 
 
-def _layer(node: fx.Node, evaluate: Evaluator) -> Channels | None:
-    weight = node.meta[CONDENSED]
-    dim = channel_dim(node)
-    if weight.rows is None or dim is None:
+def per_neuron(spread: Spread, dim: int) -> Tensor | None:
+    """[shape[dim]]: constants of the slices along `dim`, NaN where one holds several; None if its size is symbolic."""
+    facts = spread.by_dim()
+    size = spread.shape[dim]
+    if facts is None or not isinstance(size, int):
         return None
-    constant = torch.ones(weight.out_features, dtype=torch.bool)
-    constant[weight.rows.long()] = False
+    facts = facts.movedim(dim, 0).flatten(1)  # [shape[dim] or 1, elements]
+    same = (facts == facts[:, :1]).all(1)
+    values: Tensor = torch.where(same, facts[:, 0], torch.nan).expand(size)
+    return values
+
+
+def _known_or_not(node: fx.Node, arg: Any, known: Known) -> Spread | None:
+    """What is known of an argument; for one of several tensors put end to end nothing may be."""
+    spread = known.get(arg)
+    meta = tensor_meta(arg)
+    if spread is None and node.target is aten.cat.default and meta is not None:
+        return Spread.of(torch.tensor(torch.nan, dtype=torch.float64)).broadcast(tuple(meta.shape))
+    return spread
+
+
+def _same_or_unknown(data: list[Tensor]) -> Tensor:
+    """Of elements that share one fact, the one they have in common."""
+    first: Tensor
+    first, *others = torch.broadcast_tensors(*data)
+    for other in others:
+        first = torch.where(first == other, first, torch.nan)
+    return first
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    if node.target in DROPOUTS:
+        return not node.args[2]
+    if node.target in AVG_POOLS:
+        bound = bind_arguments(node)
+        padding = bound["padding"]
+        padded = any([padding] if isinstance(padding, int) else padding)
+        # the border would average in zeros
+        return not (padded and bound["count_include_pad"]) and bound.get("divisor_override") is None
+    return True
+
+
+def _padded(node: fx.Node, found: Spread) -> Spread | None:
+    bound = bind_arguments(node)
+    if bound.get("mode", "constant") != "constant":
+        return found  # others repeat what is there
+    fill = bound["value"] or 0.0
+    pads: Any = node.args[1]
+    if not isinstance(fill, int | float) or not any(pads):
+        return found if isinstance(fill, int | float) else None
+    return found.with_data(torch.where(found.data == fill, found.data, torch.nan))
+
+
+def _layer(node: fx.Node, evaluate: Evaluator) -> Spread | None:
+    weight, meta, dim = node.meta[CONDENSED], tensor_meta(node), channel_dim(node)
+    if weight.rows is None or meta is None or dim is None:
+        return None
     bias = bind_arguments(node)["bias"]
-    if bias is None:
-        return Channels(dim, constant, torch.zeros(weight.out_features, dtype=torch.float64))
-    values = evaluate(bias)
-    return None if values is None else Channels(dim, constant, values.double())
+    values = torch.zeros(weight.out_features, dtype=torch.float64)
+    if bias is not None:
+        given = evaluate(bias)
+        if given is None:
+            return None
+        values = given.double().clone()
+    values[weight.rows.long()] = torch.nan
+    return Spread.along(tuple(meta.shape), dim, values)
 
 
-def _pointwise(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    channels = known.get(node.args[0])  # type: ignore[arg-type]
-    if channels is None:
+def _pointwise(node: fx.Node, known: Known) -> Spread | None:
+    spread = known.get(node.args[0])  # type: ignore[arg-type]
+    if spread is None:
         return None
     function: Any = node.target
-    # on a copy: the op may work in place
-    return channels.map(lambda v: function(v.clone(), *node.args[1:], **node.kwargs))
+    # on a copy: the op may work in place; and not all functions keep NaN
+    values = function(spread.data.clone(), *node.args[1:], **node.kwargs)
+    return spread.with_data(torch.where(spread.data.isnan(), torch.nan, values))
 
 
-def _same(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    if node.target in (aten.dropout.default, aten.dropout_.default) and node.args[2]:
-        return None
-    return known.get(node.args[0])  # type: ignore[arg-type]
-
-
-def _binary(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
+def _binary(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
     if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         return None
+    if not any(arg in known for arg in node.args[:2]):
+        return None
+    sides = together([_operand(arg, known, evaluate) for arg in node.args[:2]], tuple(out.shape))
+    if sides is None:
+        return None
     function = BINARY[node.target]
-    out = tensor_meta(node)
-    sides = [_operand(arg, known, evaluate, out) for arg in node.args[:2]]
-    named = [s for s in sides if isinstance(s, Channels)]
-    if out is None or not named or len({s.dim for s in named}) != 1:
-        return None
-    dim, size = named[0].dim, len(named[0].constant)
-    constants, values = [], []
-    for side in sides:
-        if side is None:
-            constants.append(torch.zeros(size, dtype=torch.bool))
-            values.append(torch.zeros(size, dtype=torch.float64))
-        elif isinstance(side, Channels):
-            constants.append(side.constant)
-            values.append(side.values)
-        else:
-            vector = _per_channel(side, dim, out.ndim, size)
-            if vector is None:
-                return None
-            constants.append(torch.ones(size, dtype=torch.bool))
-            values.append(vector)
-    constant = constants[0] & constants[1]
-    result = function(values[0], values[1], **node.kwargs)  # alpha
+    a, b = (side.data for side in sides)
+    result = function(a, b, **node.kwargs)  # alpha
     if function is torch.mul:
-        for c, v in zip(constants, values, strict=True):
-            zero = c & (v == 0)
-            constant, result = constant | zero, torch.where(zero, 0.0, result)
-    return Channels(dim, constant, result)
+        result = torch.where((a == 0) | (b == 0), 0.0, result)
+    return sides[0].with_data(result)
 
 
-def _operand(arg: Any, known: Known, evaluate: Evaluator, out: Tensor | None) -> Channels | Tensor | None:
-    """Channels in the coordinates of `out`, a constant tensor, or None: unknown."""
+def _operand(arg: Any, known: Known, evaluate: Evaluator) -> Spread:
+    """The constant elements of a number, of a constant tensor, of a node: in float64, NaN where unknown."""
     if isinstance(arg, int | float):
-        return torch.tensor(float(arg), dtype=torch.float64)
-    meta = tensor_meta(arg)
-    if arg in known and meta is not None and out is not None:
-        channels = known[arg]
-        if meta.shape[channels.dim] != out.shape[channels.dim + out.ndim - meta.ndim]:
-            return None
-        return Channels(channels.dim + out.ndim - meta.ndim, channels.constant, channels.values)
+        return Spread.of(torch.tensor(float(arg), dtype=torch.float64))
+    if arg in known:
+        return known[arg]
     value = evaluate(arg)
-    return None if value is None else value.double()
+    if value is not None:
+        return Spread.of(value.double())
+    return Spread.of(torch.tensor(torch.nan, dtype=torch.float64))
 
 
-def _per_channel(value: Tensor, dim: int, ndim: int, size: int) -> Tensor | None:
-    """[size] if a constant tensor, broadcast to ndim dimensions, varies along `dim` at most."""
-    if value.numel() == 1:
-        return value.reshape(1).expand(size)
-    position = dim - (ndim - value.ndim)
-    if 0 <= position < value.ndim and value.shape[position] == value.numel() == size:
-        return value.reshape(size)
-    return None
-
-
-def _batch_norm(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
+def _batch_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
     bound = bind_arguments(node)
-    channels = known.get(bound["input"])
-    if channels is None or bound["training"] or channels.dim != 1:
+    spread = known.get(bound["input"])
+    if spread is None or bound["training"]:
         return None
-    mean, var = evaluate(bound["running_mean"]), evaluate(bound["running_var"])
-    weight, bias = evaluate(bound["weight"]), evaluate(bound["bias"])
-    if mean is None or var is None:
+    given = [bound[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    mean, var, weight, bias = (evaluate(arg) for arg in given)
+    if (
+        mean is None
+        or var is None
+        or (weight is None) != (given[2] is None)
+        or (bias is None) != (given[3] is None)
+    ):
         return None
     scale = (1.0 if weight is None else weight.double()) / (var.double() + bound["eps"]).sqrt()
-    shift = 0.0 if bias is None else bias.double()
-    return channels.map(lambda v: (v - mean.double()) * scale + shift)
+    shift = (0.0 if bias is None else bias.double()) - mean.double() * scale
+    shape = tuple(out.shape)
+    sides = together([spread, Spread.along(shape, 1, scale), Spread.along(shape, 1, shift)], shape)
+    return None if sides is None else sides[0].with_data(sides[0].data * sides[1].data + sides[2].data)
 
 
-def _pool(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
+def _depthwise(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
+    """A dense convolution, one input to each neuron, of constant inputs: w summed * input + b."""
     bound = bind_arguments(node)
-    channels = known.get(bound["self"])
-    out = tensor_meta(node)
-    if channels is None or out is None:
+    source, meta, dim = known.get(bound["input"]), tensor_meta(bound["input"]), channel_dim(node)
+    if source is None or meta is None or dim is None or bound["groups"] != meta.shape[dim]:
         return None
-    padded = bound.get("padding") not in (0, None) and any(_list(bound["padding"]))
-    if node.target in AVG_POOLS and padded and bound["count_include_pad"]:
-        return None  # the border would average in zeros
-    return channels if channels.dim < out.ndim - pool_dims(node) else None
-
-
-def pool_dims(node: fx.Node) -> int:
-    """How many dimensions, the last ones, a pool pools over."""
-    return int(str(node.target).split("pool")[1][0])
-
-
-def _list(value: int | list[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _mean(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    bound = bind_arguments(node)
-    channels, meta = known.get(bound["self"]), tensor_meta(bound["self"])
-    if channels is None or meta is None or bound["dim"] is None:
+    values = per_neuron(source, dim)
+    if values is None or out.shape[dim] != len(values) or bool(values.isnan().all()):
         return None
-    dims = {d % meta.ndim for d in _list(bound["dim"])}
-    if channels.dim in dims:
+    if pads(bound["padding"]):
+        values = torch.where(values == 0, values, torch.nan)  # the border sees less of the others
+    weight = evaluate(bound["weight"])
+    bias = None if bound["bias"] is None else evaluate(bound["bias"])
+    if weight is None or (bias is None) != (bound["bias"] is None):
         return None
-    left = 0 if bound["keepdim"] else sum(d < channels.dim for d in dims)
-    return Channels(channels.dim - left, channels.constant, channels.values)
+    values = values * weight.flatten(1).sum(1, dtype=torch.float64)
+    return Spread.along(tuple(out.shape), dim, values if bias is None else values + bias.double())
 
 
-def _reshape(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    """Keeps [..., C, inner] apart or merges C with what follows: each channel then covers `inner` new ones."""
-    channels, before, after = known.get(node.args[0]), tensor_meta(node.args[0]), tensor_meta(node)  # type: ignore[arg-type]
-    if channels is None or before is None or after is None:
+def pads(padding: Any) -> bool:
+    """Whether a convolution with this argument adds a border."""
+    return padding != "valid" and any([padding] if isinstance(padding, int | str) else padding)
+
+
+def _weighted(node: fx.Node, out: Tensor, known: Known) -> Spread | None:
+    """Attention's output where its values are the same at all positions: itself, as weights sum to 1; 0 where they
+    may not."""
+    values: Any = node.args[2 if node.target is ATTENTION else 1]
+    spread, meta = known.get(values), tensor_meta(values)
+    if (
+        spread is None
+        or meta is None
+        or meta.ndim < 3
+        or meta.ndim != out.ndim
+        or spread.varies(out.ndim - 2)
+    ):
         return None
-    tail, count = list(before.shape[channels.dim :]), len(channels.constant)
-    if not all(isinstance(s, int) for s in tail):
-        return None
-    inner = math.prod(tail[1:])
-    # [C, *inner] or [C, inner] at the end, whatever became of the dimensions before
-    for end in (tail, [count, inner]):
-        if list(after.shape[-len(end) :]) == end:
-            return Channels(after.ndim - len(end), channels.constant, channels.values)
-    if after.ndim and after.shape[-1] == count * inner:
-        return Channels(
-            after.ndim - 1,
-            channels.constant.repeat_interleave(inner),
-            channels.values.repeat_interleave(inner),
-        )
-    return None
+    if not _sums_to_one(node):
+        spread = spread.with_data(torch.where(spread.data == 0, spread.data, torch.nan))
+    shape = tuple(out.shape)
+    if not statically_known_true(sym_eq(spread.shape[:-2], shape[:-2])):
+        return None  # heads or batches are broadcast
+    return spread.resized(shape, (out.ndim - 2,))
 
 
-def _permute(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    channels, meta = known.get(node.args[0]), tensor_meta(node.args[0])  # type: ignore[arg-type]
-    if channels is None or meta is None:
-        return None
-    return Channels(permuted(node, meta.ndim).index(channels.dim), channels.constant, channels.values)
+def _sums_to_one(node: fx.Node) -> bool:
+    """Whether the weights by which a product or an attention averages its values do, at every position."""
+    if node.target is ATTENTION:
+        bound = bind_arguments(node)
+        if bound["dropout_p"] or bound["enable_gqa"]:
+            return False
+        return bound["attn_mask"] is None or hides_nothing(bound["attn_mask"])
+    weights: Any = node.args[0]
+    while weights.target in SAME and not (weights.target in DROPOUTS and weights.args[2]):
+        weights = weights.args[0]
+    meta = tensor_meta(weights)
+    if weights.target not in SOFTMAXES or meta is None:
+        return False
+    return bool(weights.args[1] % meta.ndim == meta.ndim - 1)
 
 
-def permuted(node: fx.Node, ndim: int) -> list[int]:
-    """For a transpose, t or permute node: which input dimension each output dimension is."""
-    args: Any = node.args
-    if node.target is aten.permute.default:
-        return [d % ndim for d in args[1]]
-    a, b = (0, ndim - 1) if node.target is aten.t.default else (args[1] % ndim, args[2] % ndim)
-    order = list(range(ndim))
-    order[a], order[b] = order[b], order[a]
-    return order
+def hides_nothing(mask: object) -> bool:
+    """Whether a boolean attention mask is True throughout: `arange(n) + a >= b`, a >= b, however shaped."""
+    while isinstance(mask, fx.Node) and mask.target in _RESHAPES:
+        mask = mask.args[0]
+    if not isinstance(mask, fx.Node) or mask.target is not aten.ge.Scalar:
+        return False
+    least, bound = 0.0, mask.args[1]
+    source: Any = mask.args[0]
+    while isinstance(source, fx.Node) and source.target is not aten.arange.default:
+        if source.target is aten.add.Tensor and not source.kwargs and isinstance(source.args[1], int):
+            least += source.args[1]
+        elif source.target not in _RESHAPES:
+            return False
+        source = source.args[0]
+    return isinstance(source, fx.Node) and isinstance(bound, int | float) and least >= bound
 
 
-def _cat(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    tensors = node.args[0]
-    out = tensor_meta(node)
-    if out is None or not isinstance(tensors, list | tuple):
-        return None
-    dim = (int(node.args[1]) if len(node.args) > 1 else 0) % out.ndim  # type: ignore[arg-type]
-    constants, values = [], []
-    for tensor in tensors:
-        channels, meta = known.get(tensor), tensor_meta(tensor)  # type: ignore[arg-type]
-        if meta is None or meta.ndim != out.ndim or not isinstance(size := meta.shape[dim], int):
-            return None  # cat also takes an empty vector among tensors of any rank
-        if channels is not None and channels.dim == dim:
-            constants.append(channels.constant)
-            values.append(channels.values)
-        else:
-            constants.append(torch.zeros(size, dtype=torch.bool))
-            values.append(torch.zeros(size, dtype=torch.float64))
-    return Channels(dim, torch.cat(constants), torch.cat(values))
-
-
-def _slice(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    bound = bind_arguments(node)
-    channels, meta = known.get(bound["self"]), tensor_meta(bound["self"])
-    if channels is None or meta is None:
-        return None
-    if bound["dim"] % meta.ndim != channels.dim:
-        return channels
-    span = slice(bound["start"], bound["end"], bound["step"])
-    if not all(isinstance(s, int | None) for s in (span.start, span.stop, span.step)):
-        return None
-    return Channels(channels.dim, channels.constant[span], channels.values[span])
-
-
-def _piece(node: fx.Node, known: Known, evaluate: Evaluator) -> Channels | None:
-    """getitem of chunk or split."""
-    source, index = node.args
-    if not isinstance(source, fx.Node) or not isinstance(index, int):
-        return None
-    if source.target not in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
-        return None
-    channels, meta = known.get(source.args[0]), tensor_meta(source.args[0])  # type: ignore[arg-type]
-    if channels is None or meta is None:
-        return None
-    dim = (int(source.args[2]) if len(source.args) > 2 else 0) % meta.ndim  # type: ignore[arg-type]
-    if dim != channels.dim:
-        return channels
-    sizes = [piece.shape[dim] for piece in source.meta["val"]]
-    start = sum(sizes[:index])
-    span = slice(start, start + sizes[index])
-    return Channels(dim, channels.constant[span], channels.values[span])
-
-
-_TRANSFERS: dict[object, Transfer] = {
-    **dict.fromkeys(POINTWISE, _pointwise),
-    **dict.fromkeys(SAME_VALUE, _same),
-    **dict.fromkeys(BINARY, _binary),
-    **dict.fromkeys((*SPATIAL_MEANS, *MAX_POOLS, *AVG_POOLS), _pool),
-    **dict.fromkeys(RESHAPES, _reshape),
-    **dict.fromkeys(PERMUTES, _permute),
-    aten.batch_norm.default: _batch_norm,
-    aten.mean.dim: _mean,
-    aten.cat.default: _cat,
-    aten.slice.Tensor: _slice,
-    operator.getitem: _piece,
-}
+def feeds_softmax(node: fx.Node) -> bool:
+    """Whether all that becomes of `node` is a softmax over its last dimension, after factors and sums at most: what is
+    added to all elements of a row alike changes nothing."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in SOFTMAXES:
+            meta = tensor_meta(user)
+            return meta is not None and bool(user.args[1] % meta.ndim == meta.ndim - 1)  # type: ignore[operator]
+        scaled = user.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(user.args[1], int | float)
+        summed = user.target is aten.add.Tensor and user.args[0] is not user.args[1]
+        if not (scaled or summed):
+            return False
+        node = user
+    return False

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import Argument, map_arg
 
@@ -205,7 +206,8 @@ def renew_value(graph: fx.Graph, node: fx.Node) -> None:
     """Compute node.meta["val"] from its arguments' values, for a new node or after those changed their shapes."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     assert callable(node.target)
-    with fake_mode(graph) or contextlib.nullcontext(), torch.no_grad():
+    # composite operators ask for sizes as numbers, which would fix symbolic ones, unless Python decomposes them
+    with fake_mode(graph) or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
     node.meta.pop("tensor_meta", None)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fanin_compile.channels import Channels, constant_channels
+from fanin_compile.axes import Spread
+from fanin_compile.channels import channel_dim, constant_elements, pads, per_neuron
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -23,7 +24,6 @@ from fanin_compile.graph import (
     bind_arguments,
     overwritten,
     set_layer_weight,
-    tensor_meta,
     use_layer_weight,
 )
 from fanin_compile.records import Rewrite, Skip
@@ -35,21 +35,18 @@ def fold_constant_channels(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
     evaluate = Evaluator(gm)
-    known: dict[fx.Node, Channels] = {}
+    known: dict[fx.Node, Spread] = {}
     changed = overwritten(gm.graph)
     folded: dict[object, fx.Node] = {}  # a weight called again with the same constants is folded once
     for node in list(gm.graph.nodes):
-        if CONDENSED in node.meta:
-            layer, channels = node.meta[LAYER], known.get(node.args[0])
-            if channels is not None:
-                refusal = _fold(gm, node, channels, evaluate, folded)
-                if isinstance(refusal, Skip):
-                    skipped.append(refusal)
-                elif refusal:
-                    rewritten.append(
-                        Rewrite(layer.name, "folded", detail=f"{refusal} constant inputs folded")
-                    )
-        found = constant_channels(node, known, evaluate)
+        if CONDENSED in node.meta and node.args[0] in known:
+            done = _fold(gm, node, known[node.args[0]], evaluate, folded)
+            if isinstance(done, Skip):
+                skipped.append(done)
+            elif done:
+                detail = f"{done} constant inputs folded"
+                rewritten.append(Rewrite(node.meta[LAYER].name, "folded", detail=detail))
+        found = constant_elements(node, known, evaluate)
         if found is not None and node not in changed:
             known[node] = found
     return PassResult(tuple(rewritten), tuple(skipped))
@@ -58,50 +55,48 @@ def fold_constant_channels(gm: fx.GraphModule, ctx: Context) -> PassResult:
 def _fold(
     gm: fx.GraphModule,
     node: fx.Node,
-    channels: Channels,
+    inputs: Spread,
     evaluate: Evaluator,
     folded: dict[object, fx.Node],
 ) -> int | Skip:
-    """How many of the weight's input columns were folded away, or why constant ones stay."""
+    """How many inputs of the layer were folded away, or why constant ones stay."""
     weight: CondensedWeight = node.meta[CONDENSED]
     name = node.meta[LAYER].name
     bound = bind_arguments(node)
-    meta = tensor_meta(node.args[0])
-    linear = node.target is aten.linear.default
-    if meta is None or channels.dim != meta.ndim - (len(weight.shape) - 1):
+    dim = channel_dim(node)
+    values = None if dim is None else per_neuron(inputs, dim)
+    if values is None:
         return 0
-    fold = channels.constant
-    if not linear:
-        if bound["groups"] != 1:
-            return Skip(name, "constant inputs stay: grouped convolution", {"groups": bound["groups"]})
-        padding = bound["padding"]
-        if padding != "valid" and any([padding] if isinstance(padding, int | str) else padding):
-            fold = fold & (channels.values == 0)
-            if not bool(fold.any()):
-                values = {"padding": padding, "channels": int(channels.constant.sum())}
-                return Skip(name, "constant inputs stay: padding makes the border differ", values)
+    padding, groups = bound.get("padding", 0), bound.get("groups", 1)
+    constant = ~values.isnan()
+    fold = constant & (values == 0) if pads(padding) else constant
     mask = weight.mask()
-    read = mask.flatten(2).any(2).any(0) if not linear else mask.any(0)
+    connected = mask.flatten(2).any(2) if mask.ndim > 2 else mask  # [out, in/groups]
+    read = connected.view(groups, -1, connected.shape[1]).any(1).flatten()
     if not bool((read & fold).any()):
-        return 0
+        if not bool((read & constant).any()):
+            return 0
+        described = {"padding": padding, "channels": int(constant.sum())}
+        return Skip(name, "constant inputs stay: padding makes the border differ", described)
     bias = evaluate(bound["bias"]) if bound["bias"] is not None else None
     if bound["bias"] is not None and bias is None:
         return Skip(name, "constant inputs stay: its bias is not constant")
-    constants = str(torch.where(fold, channels.values, torch.inf).tolist())
-    same = folded.setdefault((bound["weight"], bound["bias"], constants), node)
+    count = int((read & fold).sum())
+    key = (bound["weight"], bound["bias"], str(torch.where(fold, values, torch.nan).tolist()))
+    same = folded.setdefault(key, node)
     if same is not node:
         use_layer_weight(node, same.args[1:3], same.meta[CONDENSED])
-        return int((read & fold).sum())
+        return count
     dense = weight.to_dense()
-    new_bias = _with_constants(dense, fold, channels.values, bias)
-    mask[:, fold] = False
+    new_bias = _with_constants(dense, torch.where(fold, values, 0.0).view(groups, -1), bias)
+    kept = ~fold.view(groups, 1, -1, *[1] * (mask.ndim - 2))
+    mask = (mask.view(groups, -1, *mask.shape[1:]) & kept).view(mask.shape)
     set_layer_weight(gm, node, CondensedWeight.from_dense(dense, mask), new_bias)
-    return int((read & fold).sum())
+    return count
 
 
-def _with_constants(dense: Tensor, fold: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """bias + what the folded columns contribute, summed in float64."""
+def _with_constants(dense: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """bias + what inputs of these values [groups, in/groups] contribute, summed in float64."""
     columns = dense.flatten(2).sum(2, dtype=torch.float64) if dense.ndim > 2 else dense.double()
-    shift = columns[:, fold] @ values[fold]
-    total = shift if bias is None else shift + bias.double()
-    return total.to(dense.dtype)
+    shift = torch.einsum("goi,gi->go", columns.view(len(values), -1, values.shape[1]), values).flatten()
+    return (shift if bias is None else shift + bias.double()).to(dense.dtype)

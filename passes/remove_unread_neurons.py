@@ -1,36 +1,26 @@
-"""Drop the neurons that no later layer reads, throughout the chain of pointwise operations between them.
+"""Drop the neurons that no later layer reads, from every tensor that holds them.
 
     h = relu(linear(x, w1 [n, in], b1))          h = relu(linear(x, w1[read], b1[read]))     n' = len(read)
     y = linear(h, w2 [out, n], b2)         ->    y = linear(h, w2[:, read], b2)
 
-After fold_constant_channels nobody reads an ablated neuron. Tensors that must agree in their channels (both sides of a
-residual add or of a gate, everything in between) form one group: a networkx component. A group with a member that is
-seen whole, such as a graph output, a layer norm or an attention head, stays as it is. Where a flatten merges the
-channels with what is behind them, [N, C, H, W] -> [N, C*H*W], each neuron covers H*W positions from there on.
+After fold_constant_channels nobody reads an ablated neuron. Neurons are followed through residual adds and gates, views
+and slices, attention heads, concatenations, pools and depthwise convolutions (labels.py); what must stay is decided for
+the whole graph at once (liveness.py). What sees them whole, such as a graph output or a layer norm, keeps them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fanin_compile.channels import (
-    AVG_POOLS,
-    BINARY,
-    MAX_POOLS,
-    POINTWISE,
-    SAME_VALUE,
-    SPATIAL_MEANS,
-    channel_dim,
-    pool_dims,
-)
+from fanin_compile.axes import Spread
+from fanin_compile.channels import ATTENTION, BINARY
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -41,247 +31,257 @@ from fanin_compile.graph import (
     add_constant,
     bind_arguments,
     renew_value,
+    replace_node,
     set_layer_weight,
     tensor_meta,
     use_layer_weight,
 )
+from fanin_compile.liveness import Neurons, live_neurons
+from fanin_compile.moves import NARROW, PIECES, SLICE, SQUEEZES, VIEWS, cut_of
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
-POOLS = (*MAX_POOLS, *AVG_POOLS, *SPATIAL_MEANS)
-TRANSPARENT = {*POINTWISE, *SAME_VALUE, *BINARY, *POOLS, aten.batch_norm.default}
-VIEWS = (aten.view.default, aten.reshape.default)  # with their sizes written out
-
-
-# (weight, bias, rows, columns) -> the weight and bias nodes selected from them, and that weight
-_Selected = dict[object, tuple[tuple[Any, ...], CondensedWeight]]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor keeps the neurons: neuron c at [c * inner, (c + 1) * inner) of dimension `dim` from the left."""
-
-    dim: int
-    inner: int = 1
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Nodes whose channels are the same neurons.
-
-    Attributes:
-        members: the nodes which compute them, in graph order, each with the place of its channels.
-        readers: the masked layers which take them as inputs, each with the inputs that stand for one neuron.
-        pinned: why the channels must stay, if they must.
-    """
-
-    members: dict[fx.Node, _Place]
-    readers: dict[fx.Node, int]
-    pinned: str
+SIZED = (*VIEWS, aten.expand.default, aten.unflatten.int)  # with sizes of their output as last argument
+CONSTANTS = (*BINARY, aten.masked_fill.Scalar, aten.batch_norm.default)  # which may have constant operands
 
 
 def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
+    if not any(CONDENSED in node.meta for node in gm.graph.nodes):
+        return PassResult()
+    evaluate = Evaluator(gm)
+    neurons = live_neurons(gm.graph, evaluate)
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
-    evaluate = Evaluator(gm)
-    selected: _Selected = {}
-    for group in _groups(gm.graph, evaluate):
-        producers = [node for node in group.members if CONDENSED in node.meta]
-        ablated = sum(node.meta[CONDENSED].n_ablated for node in producers)
-        if group.pinned:
-            if ablated:
-                values = {"ablated": ablated}
-                skipped += [
-                    Skip(n.meta[LAYER].name, f"ablated neurons stay: {group.pinned}", values)
-                    for n in producers
-                ]
-            continue
-        read = torch.stack([_neurons_read(*reader) for reader in group.readers.items()]).any(0)
-        if not bool(read.any()):
-            read[:1] = True  # a convolution needs a neuron, and view(-1, 0) is ambiguous
-        if bool(read.all()):
-            continue
-        for node, place in group.members.items():
-            _narrow(gm, node, place, read, evaluate, selected)
-        for reader, inner in group.readers.items():
-            _select(gm, reader, evaluate, selected, columns=read.repeat_interleave(inner))
-        detail = f"{len(read)} -> {int(read.sum())} neurons"
-        rewritten += [Rewrite(node.meta[LAYER].name, "narrowed", detail=detail) for node in producers]
+    for node, labels in neurons.labels.layers.items():
+        before, after = len(labels.rows), int(neurons.live[labels.rows].sum())
+        if CONDENSED in node.meta:
+            skipped += _staying(node, labels.rows, neurons)
+        if after < before:
+            name = _name(node, ctx)
+            rewritten.append(Rewrite(name, "narrowed", detail=f"{before} -> {after} neurons"))
+    if rewritten:
+        _Narrowing(gm, neurons, evaluate).run()
     return PassResult(tuple(rewritten), tuple(skipped))
 
 
-def _groups(graph: fx.Graph, evaluate: Evaluator) -> Iterator[_Group]:
-    """Connected components of the nodes that share a channel dimension, each starting at a masked layer."""
-    channels: dict[fx.Node, _Place] = {}
-    ties = nx.Graph()
-    pinned: dict[fx.Node, str] = {}
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if CONDENSED in node.meta and (dim := channel_dim(node)) is not None:
-            channels[node] = _Place(dim)
-            ties.add_node(node)
-            if not _bias_is_known(node, evaluate):
-                pinned[node] = f"the bias of {node.name} is not constant"
-        elif (place := _flattened(node, channels)) is not None:
-            channels[node] = place
-            ties.add_edge(node, node.args[0])
-        elif node.target in TRANSPARENT:
-            inputs = [n for n in node.all_input_nodes if n in channels]
-            if inputs:
-                channels[node] = channels[inputs[0]]
-                ties.add_edges_from((node, n) for n in inputs)
-                if reason := _breaks_channels(node, channels, evaluate):
-                    pinned[node] = reason
-    for node in channels:
-        for user in node.users:
-            if user in channels and ties.has_edge(node, user):
-                continue
-            if _reads(user, node, channels[node]) and _bias_is_known(user, evaluate):
-                readers.setdefault(node, []).append(user)
-            else:
-                pinned[node] = f"{node.name} is read whole by {user.name} ({_op_name(user)})"
-    for component in nx.connected_components(ties):
-        members = {node: place for node, place in channels.items() if node in component}
-        reasons = [pinned[node] for node in members if node in pinned]
-        reading = {r: place.inner for node, place in members.items() for r in readers.get(node, ())}
-        if not reading:
-            reasons.append("no layer reads them")
-        yield _Group(members, reading, reasons[0] if reasons else "")
+def _name(node: fx.Node, ctx: Context) -> str:
+    if LAYER in node.meta:
+        return str(node.meta[LAYER].name)
+    return ctx.names.get(str(bind_arguments(node)["weight"].target), node.name)
 
 
-def _flattened(node: fx.Node, channels: dict[fx.Node, _Place]) -> _Place | None:
-    """The channels of a flatten or view which leaves them alone or merges them with what is behind, of known size."""
-    if node.target not in (*VIEWS, aten.flatten.using_ints) or node.kwargs:
-        return None
-    place = channels.get(node.args[0])  # type: ignore[arg-type]
-    before, after = tensor_meta(node.args[0]), tensor_meta(node)
-    if place is None or before is None or after is None or after.ndim <= place.dim:
-        return None
-    if statically_known_true(
-        sym_eq(tuple(before.shape[: place.dim + 1]), tuple(after.shape[: place.dim + 1]))
-    ):
-        return place
-    dim, end = place.dim, before.ndim - (after.ndim - place.dim) + 1  # dimensions [dim, end) become one
-    merged = before.shape[dim:end]
-    if not merged or not all(isinstance(size, int) for size in merged):
-        return None
-    expected = (*before.shape[:dim], math.prod(merged), *before.shape[end:])
-    if not statically_known_true(sym_eq(expected, tuple(after.shape))):
-        return None
-    return _Place(dim, place.inner * math.prod(merged[1:]))
+def _staying(node: fx.Node, rows: Tensor, neurons: Neurons) -> list[Skip]:
+    """Why ablated neurons of a layer stay, if they do though no layer reads them."""
+    ablated = torch.ones(len(rows), dtype=torch.bool)
+    if (active := node.meta[CONDENSED].rows) is None:
+        return []
+    ablated[active.long()] = False
+    reasons = Counter(neurons.why[label] for label in rows[ablated].tolist() if label in neurons.why)
+    return [
+        Skip(node.meta[LAYER].name, f"ablated neurons stay: {reason}", {"ablated": count})
+        for reason, count in reasons.items()
+    ]
 
 
-def _bias_is_known(layer: fx.Node, evaluate: Evaluator) -> bool:
-    bias = bind_arguments(layer)["bias"]
-    return bias is None or evaluate(bias) is not None
+class _Narrowing:
+    """The rewriting of one graph: each node whose tensor or whose inputs get shorter."""
 
+    def __init__(self, gm: fx.GraphModule, neurons: Neurons, evaluate: Evaluator) -> None:
+        self._gm, self._neurons, self._evaluate = gm, neurons, evaluate
+        # by weight, bias and neurons kept: a layer called twice is selected from once
+        self._selected: dict[object, tuple[tuple[Any, ...], CondensedWeight | None]] = {}
 
-def _op_name(node: fx.Node) -> str:
-    return "graph output" if node.op == "output" else str(node.target)
+    def run(self) -> None:
+        # all arguments first: what is cut and squeezed depends on the sizes as they were
+        changed = {node for node in self._gm.graph.nodes if self._changes(node)}
+        for node in list(self._gm.graph.nodes):
+            if node in changed:
+                changed.add(self._rewrite(node))
+        for node in self._gm.graph.nodes:
+            if node in changed:
+                renew_value(self._gm.graph, node)
 
+    def _changes(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or node.target is aten.sym_size.int:  # of a dimension that stays
+            return False
+        inputs = node.all_input_nodes if (cut := cut_of(node)) is None else [cut.source]
+        return any(map(self._neurons.narrows, (node, *inputs)))
 
-def _reads(user: fx.Node, node: fx.Node, place: _Place) -> bool:
-    """`user` is a masked layer whose input channels are exactly the channels of `node`."""
-    meta = tensor_meta(node)
-    if (
-        CONDENSED not in user.meta
-        or user.args[0] is not node
-        or meta is None
-        or list(user.args).count(node) != 1
-    ):
-        return False
-    grouped = user.target is not aten.linear.default and bind_arguments(user)["groups"] != 1
-    return not grouped and place.dim == meta.ndim - (len(user.meta[CONDENSED].shape) - 1)
+    def _rewrite(self, node: fx.Node) -> fx.Node:
+        """Fit a node to its shorter inputs and output; returns it or what replaces it."""
+        target = node.target
+        if node in self._neurons.labels.layers:
+            self._layer(node)
+        elif target in PIECES:
+            return self._pieces(node)
+        elif target in (SLICE, NARROW):
+            self._slice(node)
+        elif target in SQUEEZES:
+            node.target, node.args = aten.squeeze.dims, (node.args[0], _squeezed(node))
+        elif target in SIZED:
+            self._resize(node)
+        elif target in CONSTANTS:
+            self._constants(node)
+        elif target is ATTENTION and (bound := bind_arguments(node))["scale"] is None:
+            query = tensor_meta(bound["query"])
+            assert query is not None
+            node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(query.shape[-1])}
+        return node
 
+    def _shortened(self, node: fx.Node) -> tuple[int, Tensor] | None:
+        """The dimension of a node's tensor that gets shorter, and what is kept along it for the first index of all
+        others, as many as for any: bool [size]."""
+        kept = self._neurons.kept(node)
+        if kept is None or not self._neurons.narrows(node):
+            return None
+        dim = kept.dim_of(kept.varying[-1])
+        merged = kept.merged(dim)
+        assert merged is not None
+        (axis,) = merged.span(dim)
+        return dim, merged.data.movedim(axis, -1).reshape(-1, merged.data.shape[axis])[0]
 
-def _breaks_channels(node: fx.Node, channels: dict[fx.Node, _Place], evaluate: Evaluator) -> str:
-    """Why a transparent node does not keep each channel to itself, if so."""
-    out, place = tensor_meta(node), channels[node]
-    for arg in node.args if node.target in BINARY else ():
-        meta = tensor_meta(arg)
-        if meta is None or out is None or not isinstance(arg, fx.Node):
-            continue
-        dim = place.dim - (out.ndim - meta.ndim)
-        constant = evaluate(arg) is not None and arg not in channels
-        if constant and (dim < 0 or meta.shape[dim] == 1):
-            continue  # broadcast along the channels
-        aligned = constant or channels.get(arg) == _Place(dim, place.inner)
-        if aligned and meta.shape[dim] == out.shape[place.dim]:
-            continue
-        return f"{node.name} combines them with a tensor that is not a layer's"
-    if node.target is aten.batch_norm.default and bind_arguments(node)["training"]:
-        return f"{node.name} is a batch norm in training mode"
-    if node.target in POOLS and (out is None or place.dim >= out.ndim - pool_dims(node)):
-        return f"{node.name} pools over them"
-    return ""
+    def _pieces(self, node: fx.Node) -> fx.Node:
+        source: Any = node.args[0]
+        shortened, meta = self._shortened(source), tensor_meta(source)
+        assert shortened is not None
+        assert meta is not None
+        dim, kept = shortened
+        if int(bind_arguments(node)["dim"]) % meta.ndim != dim:
+            return node
+        sizes = [int(piece.sum()) for piece in kept.split([part.shape[dim] for part in node.meta["val"]])]
+        return replace_node(node, aten.split_with_sizes.default, (source, sizes, dim))
 
+    def _slice(self, node: fx.Node) -> None:
+        cut = cut_of(node)
+        shortened = None if cut is None else self._shortened(cut.source)
+        if cut is None or shortened is None or shortened[0] != cut.dim:
+            return
+        assert isinstance(cut.indices, range)
+        kept = shortened[1]
+        start = int(kept[: cut.indices.start].sum())
+        node.target = SLICE
+        node.args = (cut.source, cut.dim, start, start + int(kept[list(cut.indices)].sum()))
+        node.kwargs = {}
 
-def _neurons_read(reader: fx.Node, inner: int) -> Tensor:
-    """bool [in / inner]: the neurons of which the layer reads one of the `inner` inputs at least."""
-    mask: Tensor = reader.meta[CONDENSED].mask()
-    return mask.transpose(0, 1).flatten(1).any(1).view(-1, inner).any(1)
+    def _resize(self, node: fx.Node) -> None:
+        """The sizes a view, an expand or an unflatten is given; one that is inferred stays so."""
+        shortened = self._shortened(node)
+        assert shortened is not None
+        dim, kept = shortened
+        *others, given = node.args
+        assert isinstance(given, list | tuple)
+        sizes: list[Any] = list(given)
+        if node.target is aten.unflatten.int:
+            meta = tensor_meta(node.args[0])
+            assert meta is not None
+            dim -= bind_arguments(node)["dim"] % meta.ndim
+        if 0 <= dim < len(sizes) and sizes[dim] != -1:
+            sizes[dim] = int(kept.sum())
+        node.args = (*others, sizes)
 
-
-def _narrow(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    place: _Place,
-    read: Tensor,
-    evaluate: Evaluator,
-    selected: _Selected,
-) -> None:
-    """Restrict a member of a group to the neurons in `read`: its weight or constants, and the value it stands for."""
-    if CONDENSED in node.meta:
-        _select(gm, node, evaluate, selected, rows=read)
-    else:
-        out = tensor_meta(node)
+    def _constants(self, node: fx.Node) -> None:
+        """The constant operands of a binary operator, the constants of a batch norm."""
+        out, shortened, kept = tensor_meta(node), self._shortened(node), self._neurons.kept(node)
         assert out is not None
-        kept = read.repeat_interleave(place.inner)
-        for arg in node.all_input_nodes if node.target not in VIEWS else ():
-            value = evaluate(arg)
+        assert shortened is not None
+        assert kept is not None
+        for arg in node.all_input_nodes:
+            value = None if arg in self._neurons.labels.spreads else self._evaluate(arg)
             if value is None:
                 continue
-            # a binary operand is aligned from the right, batch norm's constants are vectors of dimension 1
-            position = place.dim - (out.ndim - value.ndim)
             if node.target is aten.batch_norm.default:
-                position = place.dim - 1
-            if 0 <= position < value.ndim and value.shape[position] == len(kept):
-                narrow = value.index_select(position, kept.nonzero().flatten())
-                node.replace_input_with(arg, add_constant(gm, node, f"{node.name}_{arg.name}", narrow))
-        if node.target in VIEWS:
-            sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-            if sizes[place.dim] != -1:
-                sizes[place.dim] = int(kept.sum())
-            node.args = (node.args[0], sizes)
-    renew_value(gm.graph, node)
+                narrow = value[shortened[1]]
+            else:
+                narrow = narrowed(value, kept, out.ndim, *shortened)
+            if narrow is not value:
+                node.replace_input_with(arg, add_constant(self._gm, node, f"{node.name}_{arg.name}", narrow))
+
+    def _layer(self, node: fx.Node) -> None:
+        """Keep only the neurons and the inputs of a layer that are kept, once however often it is called."""
+        labels, live = self._neurons.labels.layers[node], self._neurons.live
+        rows = live[labels.rows]
+        columns = None if labels.columns is None else live[labels.columns]
+        bound = bind_arguments(node)
+        bias, groups = bound["bias"], bound.get("groups", 1)
+        if labels.columns is labels.rows:  # depthwise
+            columns, groups = None, int(rows.sum())
+            set_argument(node, "groups", groups)
+        kept = tuple(None if side is None else tuple(side.tolist()) for side in (rows, columns))
+        constants, weight = self._selected.get((bound["weight"], bias, kept), (None, None))
+        if constants is None:
+            self._select(node, rows, columns, groups)
+            self._selected[bound["weight"], bias, kept] = node.args[1:3], node.meta.get(CONDENSED)
+            first = next(n for n in self._gm.graph.nodes if n.op != "placeholder")
+            for constant in node.args[1:3]:
+                if isinstance(constant, fx.Node) and constant.op == "get_attr":
+                    first.prepend(constant)  # before whichever call takes it next
+        elif weight is not None:
+            use_layer_weight(node, constants, weight)
+        else:
+            node.args = (node.args[0], *constants, *node.args[3:])
+        if LAYER in node.meta:
+            node.meta[LAYER] = dataclasses.replace(node.meta[LAYER], groups=groups)
+
+    def _select(self, node: fx.Node, rows: Tensor, columns: Tensor | None, groups: int) -> None:
+        bound = bind_arguments(node)
+        weight: CondensedWeight | None = node.meta.get(CONDENSED)
+        parts = [self._evaluate(bound["weight"])] if weight is None else [weight.to_dense(), weight.mask()]
+        parts = [_kept_part(part, rows, columns, groups) for part in parts if part is not None]
+        bias = None if bound["bias"] is None else self._evaluate(bound["bias"])
+        bias = None if bias is None else bias[rows]
+        if weight is not None:
+            computed = bound["bias"] if bias is None else None
+            set_layer_weight(self._gm, node, CondensedWeight.from_dense(*parts), bias)
+            if computed is not None:
+                node.update_arg(2, computed)
+            return
+        constants = [add_constant(self._gm, node, f"{node.name}_weight", parts[0])]
+        if bias is not None:
+            constants.append(add_constant(self._gm, node, f"{node.name}_bias", bias))
+        node.args = (node.args[0], *constants, *node.args[1 + len(constants) :])
 
 
-def _select(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    evaluate: Evaluator,
-    selected: _Selected,
-    *,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-) -> None:
-    """Keep only these neurons (bool [out]) or these inputs (bool [in]) of a masked layer, once however often called."""
-    weight: CondensedWeight = node.meta[CONDENSED]
-    bias = bind_arguments(node)["bias"]
-    key = (node.args[1], bias, *(None if kept is None else tuple(kept.tolist()) for kept in (rows, columns)))
-    if key in selected:
-        use_layer_weight(node, *selected[key])
-        return
-    dense, mask = weight.to_dense(), weight.mask()
-    bias_value = None if bias is None else evaluate(bias)
-    if rows is not None:
-        dense, mask = dense[rows], mask[rows]
-        bias_value = None if bias_value is None else bias_value[rows]
-    if columns is not None:
-        dense, mask = dense[:, columns], mask[:, columns]
-    set_layer_weight(gm, node, CondensedWeight.from_dense(dense, mask), bias_value)
-    selected[key] = node.args[1:3], node.meta[CONDENSED]
-    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
-    for constant in node.args[1:3]:
-        if isinstance(constant, fx.Node):
-            first.prepend(constant)  # before whichever call takes it next
+def _kept_part(weight: Tensor, rows: Tensor, columns: Tensor | None, groups: int) -> Tensor:
+    """weight [out, in/groups, ...] for rows kept [out] and columns kept [in], as many in each group."""
+    weight = weight[rows]
+    if columns is None or bool(columns.all()):
+        return weight
+    blocks = zip(weight.chunk(groups), columns.chunk(groups), strict=True)
+    return torch.cat([block[:, kept] for block, kept in blocks])
+
+
+def narrowed(value: Tensor, kept: Spread, ndim: int, dim: int, first: Tensor) -> Tensor:
+    """A constant that is broadcast to a tensor, for the elements of it that are kept.
+
+    Args:
+        kept: of the tensor's elements; `ndim` its dimensions, of which `dim` gets shorter.
+        first: bool, what is kept along `dim` for the first index of all others.
+    """
+    position = dim - (ndim - value.ndim)
+    if position < 0 or value.shape[position] == 1:
+        return value
+    rows = kept.data.reshape(-1, kept.data.shape[kept.varying[-1]])
+    if bool((rows == rows[0]).all()):
+        return value.index_select(position, first.nonzero().flatten())
+    every = kept.by_dim()
+    assert every is not None
+    every = every.movedim(dim, -1)  # [..., size]: other indices are kept for other heads
+    indices = every.nonzero()[:, -1].reshape(*every.shape[:-1], -1).movedim(-1, dim)
+    return torch.take_along_dim(value.reshape((1,) * (ndim - value.ndim) + value.shape), indices, dim)
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    position = list(bind_arguments(node)).index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def _squeezed(node: fx.Node) -> list[int]:
+    """The dimensions of size 1 that a squeeze takes away."""
+    meta = tensor_meta(node.args[0])
+    assert meta is not None
+    dims: Any = range(meta.ndim) if len(node.args) == 1 else node.args[1]
+    dims = [dims] if isinstance(dims, int) else dims
+    return [dim % meta.ndim for dim in dims if statically_known_true(meta.shape[dim] == 1)]

@@ -16,6 +16,7 @@ ROOT = Path(fanin_compile.__file__).parent
 # stands for all its modules, which may import each other as long as there is no circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records", "timing", "guards", "decompositions"),  # facts and means, nothing of ours beneath
+    ("axes",),  # facts about the elements of tensors, along few axes
     ("mask",),  # every mask source -> one bool mask
     ("condensed",),  # the format
     ("structure",),  # numbers and arrays in one tensor of bytes
@@ -28,7 +29,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "freshness", "cost", "tuning"),
     ("graph",),  # what passes share
-    ("channels", "capture", "pointwise"),
+    ("capture", "pointwise"),
+    ("moves",),  # where operators take the elements of tensors
+    ("channels",),  # which are constant
+    ("labels",),  # which neuron each belongs to
+    ("liveness",),  # which are read
     ("passes",),  # one rewrite a file
     ("export",),
     ("condense", "backend"),  # the two doors

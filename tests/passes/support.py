@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fanin_compile.export import _drop_asserts
-from fanin_compile.graph import Context, Pass, PassResult, tensor_meta
+from fanin_compile.export import RESULT, _drop_asserts
+from fanin_compile.graph import Context, Pass, PassResult, PipelineResult, tensor_meta
 from fanin_compile.passes import PIPELINE
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 
@@ -55,7 +55,6 @@ def run(
                     assert "val" in node.meta, (
                         f"{run_pass.__name__} left {node} without its value's description"
                     )
-                    assert tensor_meta(node) is None or node.meta["val"].dtype.is_floating_point
         for node, value in zip(_outputs(gm), _leaves(actual), strict=True):
             meta = tensor_meta(node)
             assert meta is not None
@@ -70,6 +69,13 @@ def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _leaves(value: object) -> list[Tensor]:
     return list(pytree.tree_leaves(value))
+
+
+def narrowed(done: nn.Module | PipelineResult | None) -> dict[str, str]:
+    """Layer -> how many of its neurons were kept, of those which lost some; of a condensed model or a compilation."""
+    result = done.meta[RESULT] if isinstance(done, fx.GraphModule) else done
+    assert isinstance(result, PipelineResult)
+    return {r.layer: r.detail for r in result.rewritten if r.became == "narrowed"}
 
 
 def calls(gm: fx.GraphModule, target: Callable[..., object]) -> list[fx.Node]:

@@ -80,6 +80,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("scratch_nbytes() -> int")
+_library.define("kept_output_nbytes() -> int")
+_library.define("release_outputs() -> ()")
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
@@ -188,6 +190,20 @@ def native_available() -> bool:
 def scratch_nbytes() -> int:
     """Most bytes of scratch that one thread has held for the kernels so far; 0 without native kernels."""
     return int(torch.ops.fanin.scratch_nbytes()) if native_available() else 0
+
+
+def kept_output_nbytes() -> int:
+    """Bytes of freed outputs of 1 MiB and more that are kept for the next calls; 0 without native kernels.
+
+    Never more than were in use at one time. Handed back to the system, their pages would be cleared anew in each call.
+    """
+    return int(torch.ops.fanin.kept_output_nbytes()) if native_available() else 0
+
+
+def release_outputs() -> None:
+    """Give the memory of freed outputs back to the system."""
+    if native_available():
+        torch.ops.fanin.release_outputs()
 
 
 def require_native() -> None:

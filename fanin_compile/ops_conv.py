@@ -107,8 +107,8 @@ def gather_conv(
 
     Args:
         x: [batch, in, *size] or [in, *size], contiguous or channels_last; other strides are copied.
-        values, structure: of packing_conv.pack_conv. A weight packed for a pointwise layer (kernel and stride 1, no
-            padding) runs through the reference if it is called with another stride or padding.
+        values, structure: of packing_conv.pack_conv. A weight packed for a pointwise layer (kernel of 1, no padding)
+            runs through the reference if it is called with padding.
         bias: [out].
         weight_shape: 1 to 3 kernel dimensions.
         stride, padding, dilation: one number for each dimension; padding is with zeros.

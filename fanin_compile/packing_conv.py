@@ -62,7 +62,7 @@ def pack_conv(
     taps = math.prod(shape[2:])
     if not 1 <= taps <= MAX_TAPS:
         raise FormatError(f"kernel is {shape[2:]}, expected 1 to {MAX_TAPS} taps")
-    pointwise = taps == 1 and all(s == 1 for s in stride) and not any(padding)
+    pointwise = taps == 1 and not any(padding)
     together = TOGETHER if pointwise and weight.nnz >= _SHORT_ROW * max(weight.n_active, 1) else 1
     if pointwise:
         floats, most = (_NARROW, _NARROW_BYTES) if together > 1 else (_WIDE, _CHUNK_BYTES)

@@ -230,6 +230,20 @@ def test_columns_beyond_16_bits() -> None:
     check(random_weight((4, 70001, 1), 0.001), torch.randn(2, 70001, 9), Geometry((1,), (0,), (1,)))
 
 
+@pytest.mark.parametrize("density", [0.05, 0.3])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_strided_pointwise(stride: int, density: float) -> None:
+    """Every second pixel is picked out of two vectors, up to the very last element of x."""
+    weight = random_weight((21, 70, 1, 1), density)
+    for batch, size in ((1, (16, 32)), (2, (15, 15)), (1, (1, 15)), (8, (7, 9)), (3, (14, 28))):
+        for dtype in DTYPES:
+            x = torch.randn(batch, 70, *size).to(dtype)
+            last = x.contiguous(memory_format=torch.channels_last)
+            poison()
+            g = Geometry((stride, stride), (0, 0), (1, 1))
+            assert torch.equal(check(weight, x, g), check(weight, last, g))
+
+
 @pytest.mark.parametrize("groups", [1, 8, 96])
 def test_grouped_and_depthwise(groups: int) -> None:
     weight = random_weight((96, 96 // groups, 3, 3), 0.5, ragged=True)
@@ -296,9 +310,9 @@ def test_images_beyond_the_reach_of_16_bits() -> None:
 @pytest.mark.parametrize("density", [0.05, 0.5])
 def test_weights_packed_for_other_geometries(density: float) -> None:
     """They give the same result, through the reference where rows are packed side by side for pointwise layers."""
-    pointwise, strided = Geometry((1, 1), (0, 0), (1, 1)), Geometry((2, 2), (1, 1), (1, 1))
+    pointwise, padded = Geometry((1, 1), (0, 0), (1, 1)), Geometry((2, 2), (1, 1), (1, 1))
     weight, x = random_weight((9, 30, 1, 1), density), torch.randn(2, 30, 7, 7)
-    for packed_for, called_with in ((pointwise, strided), (strided, pointwise)):
+    for packed_for, called_with in ((pointwise, padded), (padded, pointwise)):
         stride, padding, dilation, groups = packed_for
         p = pack_conv(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
         y = gather_conv(x, p.values, p.structure, None, weight.shape, *called_with)

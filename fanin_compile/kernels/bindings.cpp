@@ -1,5 +1,4 @@
 // The linear op as a torch operator: checks, strides, threads. The schemas are defined in ops.py.
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -12,6 +11,7 @@
 #include <string_view>
 
 #include "linear.h"
+#include "torch_outputs.h"
 #include "torch_types.h"
 
 namespace {
@@ -120,7 +120,7 @@ struct Call {
     sizes.back() = op.weight->out;
     TORCH_CHECK_VALUE(!residual_ || residual_->sizes() == sizes, "fanin: residual must have the output's shape ", sizes,
                       ", got ", residual_->sizes());
-    y = at::detail::empty_cpu(sizes, x_.scalar_type(), {}, {}, {}, {});
+    y = fanin::empty_output(sizes, x_.scalar_type());
     if (y.numel() == 0) return;
     x = as_matrix(x_);
     op.x = x.const_data_ptr(), op.x_stride = x.dim() == 2 ? x.stride(0) : in;
@@ -289,4 +289,8 @@ TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) {
   m.impl("gather_matmul_chain", chain_autograd);
 }
 
-TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) { m.impl("scratch_nbytes", &fanin::scratch_nbytes); }
+TORCH_LIBRARY_IMPL(fanin, CompositeExplicitAutograd, m) {
+  m.impl("scratch_nbytes", &fanin::scratch_nbytes);
+  m.impl("kept_output_nbytes", []() -> int64_t { return fanin::OutputBlocks::get().kept_nbytes(); });
+  m.impl("release_outputs", []() { fanin::OutputBlocks::get().release(); });
+}

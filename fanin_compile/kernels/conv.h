@@ -26,7 +26,8 @@ struct Shape {
 
 inline constexpr int64_t kMaxLanes = 16;        // of the widest vector; images beyond it cannot share one
 
-// 1x1x1 at stride 1 without padding does not see the shape of the image: the pixels become one row.
+// 1x1x1 at stride 1 without padding does not see the shape of the image: the pixels become one row. Other strides choose
+// among the pixels of the input.
 Shape flatten_pointwise(const Shape& shape);
 
 // `parts` rows of `vectors` outputs, from output (z, y, x) of a block; of a pointwise layer, from vector x.
@@ -38,7 +39,7 @@ struct Tile {
 // Where the pixels stand. Spatial layers: the lanes of a vector are one pixel each of kLanes blocks of equal size, into
 // which a group of images is cut, and a block has its own halo. All blocks, and the input pixels of every phase, share the
 // numbering (z * rows + y) * pitch + x, so that a tap is a constant number of vectors away and every load is aligned.
-// Pointwise layers: the lanes are consecutive pixels of a group of images.
+// Pointwise layers (1x1x1 without padding): the lanes are consecutive outputs of a group of images.
 struct Layout {
   bool pointwise;
   int64_t images;               // of a group

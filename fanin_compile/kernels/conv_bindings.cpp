@@ -1,5 +1,4 @@
 // The convolution op as a torch operator: checks, memory formats, threads. Its schema is in ops_conv.py.
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -15,6 +14,7 @@
 #include <string_view>
 
 #include "conv_geometries.h"
+#include "torch_outputs.h"
 #include "torch_types.h"
 
 namespace {
@@ -152,7 +152,7 @@ Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& stru
                     IntArrayRef(sizes), ", got ", added->sizes());
 
   const at::MemoryFormat format = format_of(images);
-  Tensor y = at::detail::empty_cpu(sizes, x.scalar_type(), {}, {}, {}, format);
+  Tensor y = fanin::empty_output(sizes, x.scalar_type(), format);
   if (y.numel() != 0) {
     // none: packed for pointwise layers only, or a chunk of one tile is beyond 16-bit offsets
     const std::shared_ptr<const conv::Geometry> geometry = geometries().find(weight, conv::flatten_pointwise(shape));

@@ -160,7 +160,7 @@ void make_pointwise(const Shape& s, Layout& l) {
 
 Shape flatten_pointwise(const Shape& s) {
   constexpr Dims ones{1, 1, 1}, none{0, 0, 0};
-  if (s.kernel != ones || s.stride != ones || s.padding != none) return s;
+  if (s.taps() != 1 || s.stride != ones || s.padding != none) return s;
   Shape flat = s;
   flat.in = flat.out = {1, 1, s.pixels_out()};
   flat.dilation = ones;
@@ -170,7 +170,7 @@ Shape flatten_pointwise(const Shape& s) {
 bool make_layout(const Structure& w, const Shape& s, Layout& l) {
   l = Layout{};
   l.chunk = w.chunk, l.together = static_cast<int>(w.together);
-  l.pointwise = s.taps() == 1 && s.in == s.out && s.stride == Dims{1, 1, 1} && s.padding == Dims{};
+  l.pointwise = s.taps() == 1 && s.padding == Dims{};
   if (!l.pointwise) return l.together == 1 && make_spatial(w, s, l);
   make_pointwise(s, l);
   return true;

@@ -168,7 +168,15 @@ FANIN_INLINE vf zip2(vf a, vf b, std::integer_sequence<int, I...>) {
 }
 template <int M>
 using seq = std::make_integer_sequence<int, M>;
+template <int Later, int... I>
+FANIN_INLINE vf every_second(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + (2 * I < kLanes ? 0 : Later))...);
+}
 }  // namespace detail
+
+// Lanes 0, 2, 4 ... of a and b end to end; Later: where b begins one element before a ends.
+template <int Later>
+FANIN_INLINE vf every_second(vf a, vf b) { return detail::every_second<Later>(a, b, detail::seq<kLanes>{}); }
 
 FANIN_INLINE vf repeat(vp p) { return detail::repeat(p, detail::seq<kLanes>{}); }
 

@@ -61,7 +61,7 @@ Case random_case() {
   for (int d = 0; d < 3; ++d) {
     const bool used = d == 2 || rng() % (d == 0 ? 4 : 2);
     s.kernel[d] = pointwise || !used ? 1 : pick({1, 2, 3, 5});
-    s.stride[d] = pointwise || !used ? 1 : pick({1, 1, 2, 3});
+    s.stride[d] = !used ? 1 : pick({1, 1, 2, 3});
     s.dilation[d] = pointwise || !used ? 1 : pick({1, 1, 2});
     s.padding[d] = pointwise || !used ? 0 : pick({0, 1, 2, 3});
     const int64_t least = std::max<int64_t>(1, s.dilation[d] * (s.kernel[d] - 1) + 1 - 2 * s.padding[d]);
@@ -98,7 +98,7 @@ struct Packed {
 
   Packed(const Case& c, const std::vector<float>& dense_values) {
     const conv::Shape& s = c.shape;
-    const bool pointwise = conv::flatten_pointwise(s).out != s.out || (s.taps() == 1 && s.in == s.out);
+    const bool pointwise = s.taps() == 1 && s.padding == conv::Dims{};
     conv::Structure& h = header;
     h.version = conv::Structure::kVersion;
     h.out = s.out_channels, h.group_channels = s.group_channels(), h.groups = s.groups, h.taps = s.taps();

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fanin_compile.attention import ATTENTION, PRODUCTS, averaged, sums_to_one
 from fanin_compile.axes import Spread, together
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, overwritten, tensor_meta
-from fanin_compile.moves import AVG_POOLS, PADS, SAME, VIEWS, is_move, moved
+from fanin_compile.moves import AVG_POOLS, DROPOUTS, PADS, is_move, moved
 
 aten = torch.ops.aten
 
@@ -41,11 +41,6 @@ BINARY: dict[object, Callable[..., Tensor]] = {
     aten.mul_.Tensor: torch.mul,
     aten.div.Tensor: torch.div,
 }
-ATTENTION = aten.scaled_dot_product_attention.default
-PRODUCTS = (aten.bmm.default, aten.matmul.default)
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-_RESHAPES = (*VIEWS, aten.unsqueeze.default, aten.slice.Tensor, aten.expand.default, aten.contiguous.default)
-DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
 
 
 def constants(graph: fx.Graph, evaluate: Evaluator) -> dict[fx.Node, Spread]:
@@ -101,7 +96,8 @@ def per_neuron(spread: Spread, dim: int) -> Tensor | None:
     size = spread.shape[dim]
     if facts is None or not isinstance(size, int):
         return None
-    facts = facts.movedim(dim, 0).flatten(1)  # [shape[dim] or 1, elements]
+    facts = facts.movedim(dim, 0)
+    facts = facts.reshape(len(facts), -1)  # [shape[dim] or 1, elements]
     same = (facts == facts[:, :1]).all(1)
     values: Tensor = torch.where(same, facts[:, 0], torch.nan).expand(size)
     return values
@@ -165,7 +161,7 @@ def _layer(node: fx.Node, evaluate: Evaluator) -> Spread | None:
 
 def _pointwise(node: fx.Node, known: Known) -> Spread | None:
     spread = known.get(node.args[0])  # type: ignore[arg-type]
-    if spread is None:
+    if spread is None or len(node.all_input_nodes) > 1:
         return None
     function: Any = node.target
     # on a copy: the op may work in place; and not all functions keep NaN
@@ -231,8 +227,7 @@ def _depthwise(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) ->
     values = per_neuron(source, dim)
     if values is None or out.shape[dim] != len(values) or bool(values.isnan().all()):
         return None
-    if pads(bound["padding"]):
-        values = torch.where(values == 0, values, torch.nan)  # the border sees less of the others
+    values = foldable(node, values)
     weight = evaluate(bound["weight"])
     bias = None if bound["bias"] is None else evaluate(bound["bias"])
     if weight is None or (bias is None) != (bound["bias"] is None):
@@ -241,8 +236,22 @@ def _depthwise(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) ->
     return Spread.along(tuple(out.shape), dim, values if bias is None else values + bias.double())
 
 
-def pads(padding: Any) -> bool:
-    """Whether a convolution with this argument adds a border."""
+def foldable(node: fx.Node, values: Tensor) -> Tensor:
+    """Of the constant inputs [in] of a layer those that can be part of its bias, NaN elsewhere: a convolution that pads
+    sees less of others than 0 at the border."""
+    return torch.where(values == 0, values, torch.nan) if _pads(node) else values
+
+
+def with_constants(dense: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """bias + what inputs of these values [groups, in/groups] contribute, summed in float64."""
+    columns = dense.flatten(2).sum(2, dtype=torch.float64) if dense.ndim > 2 else dense.double()
+    shift = torch.einsum("goi,gi->go", columns.view(len(values), -1, values.shape[1]), values).flatten()
+    return (shift if bias is None else shift + bias.double()).to(dense.dtype)
+
+
+def _pads(node: fx.Node) -> bool:
+    """Whether a layer is a convolution that adds a border."""
+    padding = bind_arguments(node).get("padding", 0)
     return padding != "valid" and any([padding] if isinstance(padding, int | str) else padding)
 
 
@@ -250,67 +259,7 @@ def _weighted(node: fx.Node, out: Tensor, known: Known) -> Spread | None:
     """Attention's output where its values are the same at all positions: itself, as weights sum to 1; 0 where they
     may not."""
     values: Any = node.args[2 if node.target is ATTENTION else 1]
-    spread, meta = known.get(values), tensor_meta(values)
-    if (
-        spread is None
-        or meta is None
-        or meta.ndim < 3
-        or meta.ndim != out.ndim
-        or spread.varies(out.ndim - 2)
-    ):
-        return None
-    if not _sums_to_one(node):
-        spread = spread.with_data(torch.where(spread.data == 0, spread.data, torch.nan))
-    shape = tuple(out.shape)
-    if not statically_known_true(sym_eq(spread.shape[:-2], shape[:-2])):
-        return None  # heads or batches are broadcast
-    return spread.resized(shape, (out.ndim - 2,))
-
-
-def _sums_to_one(node: fx.Node) -> bool:
-    """Whether the weights by which a product or an attention averages its values do, at every position."""
-    if node.target is ATTENTION:
-        bound = bind_arguments(node)
-        if bound["dropout_p"] or bound["enable_gqa"]:
-            return False
-        return bound["attn_mask"] is None or hides_nothing(bound["attn_mask"])
-    weights: Any = node.args[0]
-    while weights.target in SAME and not (weights.target in DROPOUTS and weights.args[2]):
-        weights = weights.args[0]
-    meta = tensor_meta(weights)
-    if weights.target not in SOFTMAXES or meta is None:
-        return False
-    return bool(weights.args[1] % meta.ndim == meta.ndim - 1)
-
-
-def hides_nothing(mask: object) -> bool:
-    """Whether a boolean attention mask is True throughout: `arange(n) + a >= b`, a >= b, however shaped."""
-    while isinstance(mask, fx.Node) and mask.target in _RESHAPES:
-        mask = mask.args[0]
-    if not isinstance(mask, fx.Node) or mask.target is not aten.ge.Scalar:
-        return False
-    least, bound = 0.0, mask.args[1]
-    source: Any = mask.args[0]
-    while isinstance(source, fx.Node) and source.target is not aten.arange.default:
-        if source.target is aten.add.Tensor and not source.kwargs and isinstance(source.args[1], int):
-            least += source.args[1]
-        elif source.target not in _RESHAPES:
-            return False
-        source = source.args[0]
-    return isinstance(source, fx.Node) and isinstance(bound, int | float) and least >= bound
-
-
-def feeds_softmax(node: fx.Node) -> bool:
-    """Whether all that becomes of `node` is a softmax over its last dimension, after factors and sums at most: what is
-    added to all elements of a row alike changes nothing."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in SOFTMAXES:
-            meta = tensor_meta(user)
-            return meta is not None and bool(user.args[1] % meta.ndim == meta.ndim - 1)  # type: ignore[operator]
-        scaled = user.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(user.args[1], int | float)
-        summed = user.target is aten.add.Tensor and user.args[0] is not user.args[1]
-        if not (scaled or summed):
-            return False
-        node = user
-    return False
+    spread = averaged(known.get(values), out)
+    if spread is None or sums_to_one(node):
+        return spread
+    return spread.with_data(torch.where(spread.data == 0, spread.data, torch.nan))

@@ -9,87 +9,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fanin_compile.axes import Spread, together
-from fanin_compile.channels import (
+from fanin_compile.attention import (
     ATTENTION,
-    BINARY,
-    POINTWISE,
     PRODUCTS,
     SOFTMAXES,
-    channel_dim,
-    constants,
+    averaged,
+    contracted,
     feeds_softmax,
 )
+from fanin_compile.axes import Spread, together
+from fanin_compile.channels import BINARY, POINTWISE, channel_dim, constants, foldable, per_neuron
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, tensor_meta
 from fanin_compile.moves import PERMUTES, PIECES, cut_of, is_move, moved, permuted
+from fanin_compile.neurons import Balance, Labels, LayerLabels, Reads
 
 aten = torch.ops.aten
 NORM = aten.batch_norm.default
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Neurons that are read for the sake of others: `columns[g, i]` while any `rows[g, o]` with mask[g, o, i] is.
-
-    Attributes:
-        columns: labels [G, i].
-        rows: labels [G, o]; None: always.
-        mask: gives bool [G, o, i], or what broadcasts to it.
-    """
-
-    columns: Tensor
-    rows: Tensor | None
-    mask: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerLabels:
-    """The labels of a layer's inputs [in], if it knows them, and of its outputs [out]."""
-
-    columns: Tensor | None
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Labels [r, n] of which each row must keep as many, and `least` at least."""
-
-    rows: Tensor
-    least: int
-    reason: str
-
-
-@dataclass
-class Labels:
-    """What is known of the neurons of a graph, numbered from 0.
-
-    Attributes:
-        spreads: the label of each element of a node's tensor. Where neurons go, it becomes shorter along the innermost
-            axis along which labels vary; along the others it stays.
-        layers: the layers, dense ones too.
-        ties: pairs of tensors of labels, those at the same place standing for one decision.
-        pins: labels that stay, and why.
-        balanced: what must keep as many.
-    """
-
-    spreads: dict[fx.Node, Spread] = field(default_factory=dict)
-    layers: dict[fx.Node, LayerLabels] = field(default_factory=dict)
-    reads: list[Reads] = field(default_factory=list)
-    ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    pins: list[tuple[Tensor, str]] = field(default_factory=list)
-    balanced: list[Balance] = field(default_factory=list)
-    count: int = 0
-
-    def new(self, count: int) -> Tensor:
-        self.count += count
-        return torch.arange(self.count - count, self.count)
 
 
 def label_neurons(graph: fx.Graph, evaluate: Evaluator) -> Labels:
@@ -144,8 +85,13 @@ class _Labeller:
         bound, out, dim = bind_arguments(node), tensor_meta(node), channel_dim(node)
         x, bias, groups = bound["input"], bound["bias"], bound.get("groups", 1)
         weight = tensor_meta(bound["weight"])
-        if out is None or weight is None or dim is None:
-            return ()
+        if (
+            out is None
+            or weight is None
+            or dim is None
+            or weight.ndim != 2 + CONVOLUTIONS.get(node.target, 0)
+        ):
+            return ()  # the outputs of a vector are no neurons
         source = self._spreads.get(x)
         columns = None if source is None else source.alone(dim)
         if source is not None and columns is None:
@@ -154,7 +100,8 @@ class _Labeller:
         if depthwise and columns is None:
             return (x,)
         rows = columns if depthwise and columns is not None else self.labels.new(int(out.shape[dim]))
-        self.labels.layers[node] = LayerLabels(columns, rows)
+        constants = None if columns is None or depthwise else self._dense_constants(node, dim)
+        self.labels.layers[node] = LayerLabels(columns, rows, constants)
         self._set(node, Spread.along(tuple(out.shape), dim, rows))
         if bias is not None and not self._evaluate.is_constant(bias):
             self._pin(node, node, f"the bias of {node.name} is not constant")
@@ -164,10 +111,23 @@ class _Labeller:
             self._balance(node, rows.view(groups, -1))
         if columns is not None:
             columns = columns.view(groups, -1)
-            self.labels.reads.append(Reads(columns, rows.view(groups, -1), _connections(node, groups)))
+            self.labels.reads.append(
+                Reads(columns, rows.view(groups, -1), _connections(node, groups, constants))
+            )
             if groups > 1:
                 self._balance(node, columns)
         return (x,)
+
+    def _dense_constants(self, node: fx.Node, dim: int) -> Tensor | None:
+        """What can be added to the bias of a dense layer; the masked ones' constants are in theirs already."""
+        bound = bind_arguments(node)
+        spread = self._constants.get(bound["input"])
+        if CONDENSED in node.meta or spread is None:
+            return None
+        if bound["bias"] is not None and not self._evaluate.is_constant(bound["bias"]):
+            return None
+        values = per_neuron(spread, dim)
+        return None if values is None else foldable(node, values)
 
     def _balance(self, node: fx.Node, rows: Tensor, least: int = 1) -> None:
         reason = f"{node.name} needs as many in each of {len(rows)} groups"
@@ -271,17 +231,19 @@ class _Labeller:
         labelled = [(arg, s.broadcast(tuple(out.shape))) for arg, s in sides if s.varying]
         if not labelled:
             return ()
-        for arg in node.args[:2]:
-            meta = tensor_meta(arg)
-            if meta is None or arg in dict(labelled) or self._evaluate.is_constant(arg):
-                continue
-            for side, spread in labelled:
-                if any(spread.varies(d) and not _broadcasts(meta, d - out.ndim) for d in range(out.ndim)):
-                    self._pin(side, node, f"{node.name} combines them with a tensor that is not a layer's")  # type: ignore[arg-type]
         spreads = together([spread for _, spread in labelled], tuple(out.shape))
         if spreads is None:
             return ()
-        self._set(node, spreads[0].with_data(self._tie([s.data for s in spreads])))
+        spread = spreads[0].with_data(self._tie([s.data for s in spreads]))
+        self._set(node, spread)
+        varying = {spread.dim_of(axis) for axis in spread.varying}
+        for arg in node.args[:2]:
+            meta = tensor_meta(arg)
+            if meta is None or arg in dict(labelled) or all(_broadcasts(meta, d - out.ndim) for d in varying):
+                continue
+            # a constant is selected from, if other neurons of other heads can be told apart in it
+            if not self._evaluate.is_constant(arg) or spread.by_dim() is None:
+                self._pin(node, node, f"{node.name} combines them with a tensor that is not a layer's")
         return tuple(arg for arg, _ in labelled)
 
     def _attention(self, node: fx.Node) -> tuple[Any, ...]:
@@ -290,11 +252,11 @@ class _Labeller:
         query, key, value = parts = [bound[name] for name in ("query", "key", "value")]
         if out is None or bound["enable_gqa"]:
             return ()
-        rows = self._contracted(out, [(part, -2) for part in parts], [(query, -2), (key, -2)])
-        values = self._averaged(value, out)
+        rows = self._contracted(out, [(query, -2), (key, -2), (value, -2)])
+        values = averaged(self._spreads.get(value), out)
         if rows is None or values is None:
             return ()
-        q, k, v, query_is, key_is = rows
+        q, k, v, query_is, key_is, _ = rows
         # a constant key adds as much to all the logits of a query, which the softmax does not see
         idle = (query_is == 0) | ~key_is.isnan()
         self.labels.ties.append((q, k))
@@ -307,15 +269,15 @@ class _Labeller:
         """a b, of three dimensions or more: scores of queries and keys, or an average of values."""
         out = tensor_meta(node)
         a, b = node.args[:2]
-        if out is None or out.ndim < 3 or not isinstance(b, fx.Node) or not isinstance(a, fx.Node):
+        if out is None or not isinstance(b, fx.Node) or not isinstance(a, fx.Node):
             return ()
         if a not in self._spreads:
-            values = self._averaged(b, out)
-            if values is None:
+            values = averaged(self._spreads.get(b), out)
+            if values is None or not values.varies(out.ndim - 1):
                 return ()
             self._set(node, values)
             return (b,)
-        rows = self._contracted(out, [(a, -2), (b, -1)], [(a, -2), (b, -1)])
+        rows = self._contracted(out, [(a, -2), (b, -1)])
         if rows is None:
             return ()
         left, right, left_is, right_is = rows
@@ -326,52 +288,34 @@ class _Labeller:
         self.labels.reads.append(Reads(left, None, lambda: ~idle.unsqueeze(1)))
         return (a, b)
 
-    def _contracted(
-        self, out: Tensor, parts: list[tuple[fx.Node, int]], constant: list[tuple[fx.Node, int]]
-    ) -> list[Tensor] | None:
-        """[rows, n]: the labels of `parts`, each without its dimension of positions, and what is constant of others;
-        a row for each head. None unless all have neurons in the dimension left, n of them, and positions alike."""
-        metas = [tensor_meta(part) for part, _ in parts]
-        if any(meta is None or meta.ndim != out.ndim for meta in metas):
-            return None
-        sizes = {
-            meta.shape[-3 - dim] for meta, (_, dim) in zip(metas, parts, strict=True) if meta is not None
-        }
-        (size,) = sizes if len(sizes) == 1 else (None,)
-        if not isinstance(size, int):
-            return None
-        facts = []
-        for part, dim in parts:
-            spread = self._spreads.get(part)
-            left = None if spread is None else spread.without(dim)
-            if left is None or not left.varies(left.ndim - 1):
+    def _contracted(self, out: Tensor, parts: list[tuple[fx.Node, int]]) -> list[Tensor] | None:
+        """[rows, n] for each of `parts`, the labels, then what is constant of it; a row for each head. None unless
+        all have as many neurons, in the dimension which is not that of positions, with which they are given."""
+        labels, constant, sizes = [], [], set()
+        for part, positions in parts:
+            meta, spread, known = tensor_meta(part), self._spreads.get(part), self._constants.get(part)
+            if (
+                meta is None
+                or spread is None
+                or meta.ndim != out.ndim
+                or not spread.varies(meta.ndim - 3 - positions)
+            ):
                 return None
-            facts.append(left)
-        nothing = Spread.of(torch.tensor(torch.nan, dtype=torch.float64))
-        for part, dim in constant:
-            spread = self._constants.get(part)
-            facts.append((None if spread is None else spread.without(dim)) or nothing)
-        aligned = together(facts, (*out.shape[:-2], size))
-        if aligned is None:
+            sizes.add(meta.shape[-3 - positions])
+            labels.append((spread, positions))
+            varies = known is not None and known.varies(meta.ndim + positions)
+            constant.append((None if varies else known, positions))
+        if len(sizes) != 1:
             return None
-        data = torch.broadcast_tensors(*(spread.data for spread in aligned))
-        return [s.with_data(d).rows() for s, d in zip(aligned, data, strict=True)]
-
-    def _averaged(self, value: fx.Node, out: Tensor) -> Spread | None:
-        """The labels of weights @ value, if they do not vary over positions."""
-        spread = self._spreads.get(value)
-        if spread is None or spread.ndim != out.ndim or not spread.varies(out.ndim - 1):
-            return None
-        if not statically_known_true(sym_eq(spread.shape[:-2], tuple(out.shape[:-2]))):
-            return None  # heads or batches are broadcast
-        return spread.resized(tuple(out.shape), (out.ndim - 2,))
+        return contracted([*labels, *constant], out.shape[:-2], sizes.pop())
 
 
-def _connections(node: fx.Node, groups: int) -> Callable[[], Tensor]:
-    """The mask [G, o, i] of a layer, made when asked for; a dense one reads everything."""
+def _connections(node: fx.Node, groups: int, constants: Tensor | None) -> Callable[[], Tensor]:
+    """The mask [G, o, i] of a layer, made when asked for; a dense one reads all that is not constant."""
     weight = node.meta.get(CONDENSED)
     if weight is None:
-        return lambda: torch.ones(1, 1, 1, dtype=torch.bool)
+        read = torch.ones(1) if constants is None else constants.isnan()
+        return lambda: read.bool().view(groups if constants is not None else 1, 1, -1)
 
     def connections() -> Tensor:
         mask: Tensor = weight.mask()

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from fanin_compile.axes import Spread
 from fanin_compile.graph import CONDENSED, Evaluator
-from fanin_compile.labels import Balance, Labels, label_neurons
+from fanin_compile.labels import label_neurons
+from fanin_compile.neurons import Balance, Labels
 
 LEAST_SAVING = 1 / 8  # of a dense layer's multiply-adds: a copy of its weight must be worth it
 

@@ -19,10 +19,11 @@ from fanin_compile.graph import bind_arguments, tensor_meta
 
 aten = torch.ops.aten
 
+DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
 SAME = (
+    *DROPOUTS,
     *(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default),
     *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
-    *(aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default),
 )
 MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 AVG_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)

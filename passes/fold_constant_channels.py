@@ -10,10 +10,10 @@ so chains fold in one sweep. A convolution that pads folds only channels that ar
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fanin_compile.axes import Spread
-from fanin_compile.channels import channel_dim, constant_elements, pads, per_neuron
+from fanin_compile.channels import channel_dim, constant_elements, foldable, per_neuron, with_constants
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -67,16 +67,16 @@ def _fold(
     values = None if dim is None else per_neuron(inputs, dim)
     if values is None:
         return 0
-    padding, groups = bound.get("padding", 0), bound.get("groups", 1)
+    groups = bound.get("groups", 1)
     constant = ~values.isnan()
-    fold = constant & (values == 0) if pads(padding) else constant
+    fold = ~foldable(node, values).isnan()
     mask = weight.mask()
     connected = mask.flatten(2).any(2) if mask.ndim > 2 else mask  # [out, in/groups]
     read = connected.view(groups, -1, connected.shape[1]).any(1).flatten()
     if not bool((read & fold).any()):
         if not bool((read & constant).any()):
             return 0
-        described = {"padding": padding, "channels": int(constant.sum())}
+        described = {"padding": bound["padding"], "channels": int(constant.sum())}
         return Skip(name, "constant inputs stay: padding makes the border differ", described)
     bias = evaluate(bound["bias"]) if bound["bias"] is not None else None
     if bound["bias"] is not None and bias is None:
@@ -88,15 +88,8 @@ def _fold(
         use_layer_weight(node, same.args[1:3], same.meta[CONDENSED])
         return count
     dense = weight.to_dense()
-    new_bias = _with_constants(dense, torch.where(fold, values, 0.0).view(groups, -1), bias)
+    new_bias = with_constants(dense, torch.where(fold, values, 0.0).view(groups, -1), bias)
     kept = ~fold.view(groups, 1, -1, *[1] * (mask.ndim - 2))
     mask = (mask.view(groups, -1, *mask.shape[1:]) & kept).view(mask.shape)
     set_layer_weight(gm, node, CondensedWeight.from_dense(dense, mask), new_bias)
     return count
-
-
-def _with_constants(dense: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """bias + what inputs of these values [groups, in/groups] contribute, summed in float64."""
-    columns = dense.flatten(2).sum(2, dtype=torch.float64) if dense.ndim > 2 else dense.double()
-    shift = torch.einsum("goi,gi->go", columns.view(len(values), -1, values.shape[1]), values).flatten()
-    return (shift if bias is None else shift + bias.double()).to(dense.dtype)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fanin_compile.attention import ATTENTION
 from fanin_compile.axes import Spread
-from fanin_compile.channels import ATTENTION, BINARY
+from fanin_compile.channels import BINARY, with_constants
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -206,10 +207,13 @@ class _Narrowing:
         if labels.columns is labels.rows:  # depthwise
             columns, groups = None, int(rows.sum())
             set_argument(node, "groups", groups)
-        kept = tuple(None if side is None else tuple(side.tolist()) for side in (rows, columns))
+        folded = None  # what the inputs that go from a dense layer are, 0 for those which stay
+        if columns is not None and labels.constants is not None:
+            folded = labels.constants.masked_fill(columns, 0.0)
+        kept = tuple(None if side is None else str(side.tolist()) for side in (rows, columns, folded))
         constants, weight = self._selected.get((bound["weight"], bias, kept), (None, None))
         if constants is None:
-            self._select(node, rows, columns, groups)
+            self._select(node, rows, columns, groups, folded)
             self._selected[bound["weight"], bias, kept] = node.args[1:3], node.meta.get(CONDENSED)
             first = next(n for n in self._gm.graph.nodes if n.op != "placeholder")
             for constant in node.args[1:3]:
@@ -222,12 +226,18 @@ class _Narrowing:
         if LAYER in node.meta:
             node.meta[LAYER] = dataclasses.replace(node.meta[LAYER], groups=groups)
 
-    def _select(self, node: fx.Node, rows: Tensor, columns: Tensor | None, groups: int) -> None:
+    def _select(
+        self, node: fx.Node, rows: Tensor, columns: Tensor | None, groups: int, folded: Tensor | None
+    ) -> None:
+        """Give a layer its rows and columns that are kept; to its bias what the inputs `folded` [in] contribute."""
         bound = bind_arguments(node)
         weight: CondensedWeight | None = node.meta.get(CONDENSED)
         parts = [self._evaluate(bound["weight"])] if weight is None else [weight.to_dense(), weight.mask()]
-        parts = [_kept_part(part, rows, columns, groups) for part in parts if part is not None]
         bias = None if bound["bias"] is None else self._evaluate(bound["bias"])
+        if folded is not None and bool(folded.any()):
+            assert parts[0] is not None
+            bias = with_constants(parts[0], folded.view(groups, -1), bias)
+        parts = [_kept_part(part, rows, columns, groups) for part in parts if part is not None]
         bias = None if bias is None else bias[rows]
         if weight is not None:
             computed = bound["bias"] if bias is None else None

@@ -17,6 +17,7 @@ ROOT = Path(fanin_compile.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records", "timing", "guards", "decompositions"),  # facts and means, nothing of ours beneath
     ("axes",),  # facts about the elements of tensors, along few axes
+    ("neurons",),  # facts about neurons: who is tied to whom, who reads them
     ("mask",),  # every mask source -> one bool mask
     ("condensed",),  # the format
     ("structure",),  # numbers and arrays in one tensor of bytes
@@ -31,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph",),  # what passes share
     ("capture", "pointwise"),
     ("moves",),  # where operators take the elements of tensors
+    ("attention",),  # the same for what attention averages
     ("channels",),  # which are constant
     ("labels",),  # which neuron each belongs to
     ("liveness",),  # which are read

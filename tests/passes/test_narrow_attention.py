@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in
 from fanin_compile.condense import condense
+from fanin_compile.export import RESULT
 from fanin_compile.graph import CONDENSED, PassResult
 from fanin_compile.options import Options
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
@@ -246,6 +247,40 @@ def test_a_key_head_that_all_queries_share() -> None:
     assert head_sizes(gm) == [6] * 3
 
 
+def _grouped_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two heads of keys and values, each for two of queries, as Llama repeats them."""
+    k, v = (
+        t[:, ::2, None].expand(-1, -1, 2, -1, -1).reshape(t.shape[0], HEADS, t.shape[2], SIZE) for t in (k, v)
+    )
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_key_heads_that_groups_of_queries_share() -> None:
+    x = randn(2, 5, 24)
+    ablated = [every_head(), every_head(1, 3), every_head(1, 2)]
+    gm, _ = narrow(Attention(ablated, attend=_grouped_queries), x)
+    assert head_sizes(gm) == [6] * 3
+
+
+def test_a_constant_for_heads_that_are_part_of_the_batch() -> None:
+    """[B * H, T, D] + [D]: with other neurons left in each head there is no such constant any more."""
+    offset = randn(SIZE, seed=7)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+        return torch.unflatten(torch.bmm(weights, v + offset), 0, (-1, HEADS))
+
+    model = Attention([every_head(), every_head(1, 3), every_head(0, 5)], attend=attend).eval()
+    condensed = condense(model, example_inputs=(randn(2, 5, 24),))
+    assert set(narrowed(condensed)) == {"q", "k"}
+    reasons = [s.reason for s in any_type(condensed).meta[RESULT].skipped if s.layer == "v"]
+    assert any("combines them with a tensor that is not a layer's" in reason for reason in reasons)
+    with torch.no_grad():
+        x = randn(3, 7, 24, seed=1)
+        assert_equals_model(condensed(x), model, x)
+
+
 PATTERNS = st.lists(
     st.lists(st.sets(st.integers(0, SIZE - 1)).map(sorted), min_size=HEADS, max_size=HEADS),
     min_size=3,
@@ -257,7 +292,9 @@ PATTERNS = st.lists(
 @given(
     PATTERNS,
     st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    st.sampled_from([F.scaled_dot_product_attention, _causal, _written_out, _batched, _one_key_head]),
+    st.sampled_from(
+        [F.scaled_dot_product_attention, _causal, _written_out, _batched, _one_key_head, _grouped_queries]
+    ),
 )
 def test_any_neurons_may_be_ablated(
     ablated: list[list[list[int]]],

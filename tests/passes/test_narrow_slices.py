@@ -168,6 +168,28 @@ def test_positions_of_different_heads_are_narrowed_alike() -> None:
     assert calls(gm, aten.linear.default)[0].meta[CONDENSED].shape == (16, 16)
 
 
+def test_one_position_alone() -> None:
+    x = randn(16)
+    model = nn.Sequential(sparse_linear(16, 24, 6, ablated=4), nn.Tanh(), sparse_linear(24, 8, 20, seed=1))
+    gm = graph_of(model, x)
+    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert calls(gm, aten.linear.default)[0].meta[CONDENSED].shape == (20, 16)
+
+
+def test_a_vector_for_a_weight_reads_all_and_has_no_neurons() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.vector = sparse_linear(16, 24, 6, ablated=4), nn.Parameter(randn(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.a(x), self.vector)
+
+    x = randn(5, 16)
+    result = run(graph_of(Model(), x), fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert ["is read whole by linear" in s.reason for s in result.skipped] == [True]
+
+
 def _in_place(h: Tensor) -> Tensor:
     h[:, 4:20] *= 2.0
     return h.relu_()

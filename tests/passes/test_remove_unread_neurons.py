@@ -308,15 +308,6 @@ def test_a_constant_that_varies_over_positions_is_narrowed_along_the_channels(sh
     assert _shape_of(add.args[1]) == tuple(28 if size == 32 else size for size in shape)  # type: ignore[arg-type]
 
 
-def test_a_dense_reader_stays_whole() -> None:
-    model = nn.Sequential(sparse_linear(64, 32, 6, ablated=4), nn.ReLU(), nn.Linear(32, 16))
-    x = randn(5, 64)
-    gm = graph_of(model, x)
-    run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
-    (dense,) = (n for n in calls(gm, aten.linear.default) if CONDENSED not in n.meta)
-    assert tuple(dense.meta["val"].shape) == (5, 16)
-
-
 def test_nothing_ablated_nothing_removed() -> None:
     model = nn.Sequential(sparse_linear(64, 32, 6), nn.ReLU(), sparse_linear(32, 16, 30))
     x = randn(5, 64)

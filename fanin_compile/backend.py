@@ -201,7 +201,8 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             # the other sources are factors in the graph, or no mask at all
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
-    ctx = Context(_gate(settings, _weight_bytes(captured)), masks, names, settings.values_dtype)
+    gate = _gate(settings, _weight_bytes(captured))
+    ctx = Context(gate, masks, names, settings.values_dtype, in_place=True)
     if settings.max_autotune:
         ctx = replace(ctx, pack=tuned_pack, pack_gate=tuned_gate)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)

@@ -90,6 +90,7 @@ class Context:
         names: get_attr target -> the layer's name in reports.
         values_dtype: of condensed values; None keeps the weight's.
         pack, pack_gate: how linear weights are packed, by default or as measured (tuning.py).
+        in_place: operators may write over tensors of the graph which nobody reads any more; for inference alone.
     """
 
     gate: Gate
@@ -99,6 +100,7 @@ class Context:
     masks_decide: bool = False
     pack: Packer = pack_by_default
     pack_gate: GatePacker = pack_gate_by_default
+    in_place: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]
@@ -390,6 +392,13 @@ def _shares_storage_with(node: fx.Node) -> Iterator[fx.Node]:
     elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         yield from _schema_args(node, write=False)
         yield from _schema_args(node, write=True)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result of `node` may share the storage of an argument; True for what is no operator of torch."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return bool(node.target._schema.returns) and next(_shares_storage_with(node), None) is not None
 
 
 def _storage_roots(node: fx.Node) -> set[fx.Node]:

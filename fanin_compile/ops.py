@@ -211,15 +211,14 @@ def require_native() -> None:
     build.load()
 
 
-def until_native(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def until_native(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of operator `name` for any device: `reference`, but on CPU it loads the C++ kernel, which outranks it
     from then on, and calls that.
     """
 
-    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         if args[0].device.type == "cpu" and native_available():
-            y: Tensor = getattr(torch.ops.fanin, name).default(*args, **kwargs)
-            return y
+            return getattr(torch.ops.fanin, name).default(*args, **kwargs)
         return reference(*args, **kwargs)
 
     return kernel

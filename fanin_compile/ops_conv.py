@@ -32,6 +32,11 @@ _ARGUMENTS = (
 _library = torch.library.Library("fanin", "FRAGMENT")
 # The output's memory format follows x's, so that inductor must hand over the strides it traced with.
 _library.define("gather_conv" + _ARGUMENTS, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+# The same, written over the residual: for graphs in which nobody reads it any more (passes/reuse_residuals.py).
+_library.define(
+    "gather_conv_" + _ARGUMENTS.partition("str activation")[0] + "str activation, Tensor(a!) residual) -> ()",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
 # Called by the C++ kernels: for dtypes they do not know, and when a gradient is wanted.
 _library.define("gather_conv_reference" + _ARGUMENTS)
 _library.define("gather_conv_with_grad" + _ARGUMENTS)
@@ -85,6 +90,11 @@ def reference_gather_conv(
     if residual is not None:
         z = z + residual.to(wide)
     return _empty_output(x, z.shape[-dims - 1 :], dims).copy_(ACTIVATIONS[activation].forward(z))
+
+
+def _write_over_residual(x: Tensor, *args: Any) -> None:
+    residual = args[-1]
+    residual.copy_(reference_gather_conv(x, *args))
 
 
 # ---- the public entry point ------------------------------------------------------------------------------
@@ -224,8 +234,10 @@ def _gather_conv_flops(
 
 
 _library.impl("gather_conv", until_native("gather_conv", reference_gather_conv), "CompositeExplicitAutograd")
+_library.impl("gather_conv_", until_native("gather_conv_", _write_over_residual), "CompositeExplicitAutograd")
 _library.impl("gather_conv", _with_grad, "Autograd")  # any device; C++ takes AutogradCPU
 _library.impl("gather_conv_reference", reference_gather_conv, "CompositeExplicitAutograd")
 _library.impl("gather_conv_with_grad", _with_grad, "CompositeImplicitAutograd")
 torch.library.register_fake("fanin::gather_conv", _fake_gather_conv, lib=_library)
+torch.library.register_fake("fanin::gather_conv_", lambda *args: None, lib=_library)
 register_flop_formula(torch.ops.fanin.gather_conv)(_gather_conv_flops)

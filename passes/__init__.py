@@ -17,6 +17,7 @@ from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
 from fanin_compile.passes.recognise_activations import recognise_activations
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
+from fanin_compile.passes.reuse_residuals import reuse_residuals
 from fanin_compile.passes.unflatten_linears import unflatten_linears
 
 PIPELINE: tuple[Pass, ...] = (
@@ -30,5 +31,6 @@ PIPELINE: tuple[Pass, ...] = (
     condense_linear,
     condense_conv,
     fuse_epilogue,  # it folds what follows into the nodes which the two before it made
-    fuse_chain,  # last: of layers whose activation and residual are already theirs
+    fuse_chain,  # of layers whose activation and residual are already theirs
+    reuse_residuals,  # last: passes before it may take a node's value for what it was when it was computed
 )

@@ -126,15 +126,17 @@ void run(const conv::Op& op, int64_t threads) {
     });
 }
 
-Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
-                       IntArrayRef weight_shape, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                       std::string_view activation, const OptTensor& residual) {
-  const auto reference = [&] {
-    static const auto op = handle("fanin::gather_conv_reference");
-    return op.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
-  };
+// Whether y has the shape, type and strides of the output that a call would allocate.
+bool fits(const Tensor& y, IntArrayRef sizes, const Tensor& x, at::MemoryFormat format) {
+  return y.sizes() == sizes && y.scalar_type() == x.scalar_type() && y.is_contiguous(format);
+}
+
+// into: written instead of a new tensor where that is possible. An undefined tensor if there is no kernel for it.
+Tensor compute(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias, IntArrayRef weight_shape,
+               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view activation,
+               const OptTensor& residual, const Tensor& into) {
   const auto x_type = dtype_of(x), value_type = dtype_of(values);
-  if (!x_type || !value_type || (bias && !dtype_of(*bias))) return reference();
+  if (!x_type || !value_type || (bias && !dtype_of(*bias))) return {};
   const conv::Structure& weight = structure_of(structure, values);
   const bool unbatched = x.dim() + 1 == static_cast<int64_t>(weight_shape.size());
   const Tensor images = unbatched ? at::unsqueeze(x, 0) : x;
@@ -152,11 +154,14 @@ Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& stru
                     IntArrayRef(sizes), ", got ", added->sizes());
 
   const at::MemoryFormat format = format_of(images);
-  Tensor y = fanin::empty_output(sizes, x.scalar_type(), format);
+  const Tensor given = into.defined() && unbatched ? at::unsqueeze(into, 0) : into;
+  // spatial layers compute the pixels twice where their blocks overlap: they must not write what they read
+  const bool in_place = given.defined() && shape.taps() == 1 && shape.padding == conv::Dims{} && fits(given, sizes, x, format);
+  Tensor y = in_place ? given : fanin::empty_output(sizes, x.scalar_type(), format);
   if (y.numel() != 0) {
-    // none: packed for pointwise layers only, or a chunk of one tile is beyond 16-bit offsets
+    // none: packed for pointwise layers only, or a chunk of x is beyond 32-bit offsets
     const std::shared_ptr<const conv::Geometry> geometry = geometries().find(weight, conv::flatten_pointwise(shape));
-    if (!geometry) return reference();
+    if (!geometry) return {};
     const Tensor xc = images.contiguous(format), bc = bias ? bias->contiguous() : Tensor();
     const Tensor rc = added ? added->to(x.scalar_type()).contiguous(format) : Tensor();
     conv::Op op{};
@@ -170,6 +175,27 @@ Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& stru
     run(op, op.batch * weight.nnz * shape.pixels_out() < kWorthThreads ? 1 : at::get_num_threads());
   }
   return unbatched ? y.squeeze(0) : y;
+}
+
+Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
+                       IntArrayRef weight_shape, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                       std::string_view activation, const OptTensor& residual) {
+  const Tensor y =
+      compute(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual, {});
+  if (y.defined()) return y;
+  static const auto reference = handle("fanin::gather_conv_reference");
+  return reference.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
+}
+
+void gather_conv_in_place_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
+                              IntArrayRef weight_shape, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                              int64_t groups, std::string_view activation, const Tensor& residual) {
+  Tensor y =
+      compute(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual, residual);
+  static const auto reference = handle("fanin::gather_conv_reference");
+  if (!y.defined())
+    y = reference.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
+  if (y.const_data_ptr() != residual.const_data_ptr()) residual.copy_(y);
 }
 
 // Below autograd unless a gradient is asked for; then ops_conv.py's autograd function takes over.
@@ -191,6 +217,7 @@ Tensor gather_conv_autograd(c10::DispatchKeySet keys, const Tensor& x, const Ten
 
 TORCH_LIBRARY_IMPL(fanin, CPU, m) {
   m.impl("gather_conv", gather_conv_cpu);
+  m.impl("gather_conv_", gather_conv_in_place_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) { m.impl("gather_conv", gather_conv_autograd); }

@@ -135,7 +135,11 @@ void accumulate(Runs& r) {
     for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, x, gap, S4{});
     if constexpr (R == 1)
       for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(*w), x, *o, gap);
-    if (ends) each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { finish<i>(target, sums, target.live[row[i]]); });
+    if (ends)
+      each_of(Rows{}, [&](auto i) __attribute__((always_inline)) {
+        // a missing run has the row of the next one, and must not be stored where y is the residual
+        if (i + 1 == R || row[i] != row[i + 1]) finish<i>(target, sums, target.live[row[i]]);
+      });
     else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row[i] * kSums); });
   }
   r.count = r.end, r.rows = row, r.offsets = o, r.values = w;

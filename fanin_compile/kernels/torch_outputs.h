@@ -16,14 +16,14 @@
 
 namespace fanin {
 
-// Freed blocks, at most as many bytes of them as were in use at one time.
+// Freed blocks. Together with those in use they never take more bytes than were asked for at one time.
 class OutputBlocks final : public c10::Allocator {
  public:
   static constexpr size_t kLeast = 1 << 20;     // bytes of a block that is kept
 
   c10::DataPtr allocate(size_t bytes) override {
     Block* block = take(bytes);
-    if (!block) block = new Block{c10::alloc_cpu(bytes), bytes};
+    if (!block) block = new Block{c10::alloc_cpu(bytes), bytes, bytes};
     return {block->data, block, &give, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -38,38 +38,39 @@ class OutputBlocks final : public c10::Allocator {
   }
   void release() {
     const std::lock_guard lock(mutex_);
-    most_used_ = used_;
+    most_asked_ = asked_;
     drop_until(0);
   }
 
  private:
   struct Block {
     void* data;
-    size_t bytes;
+    size_t bytes, asked;        // asked: by whom it serves now
   };
 
-  // The smallest that fits without wasting a quarter, or null.
+  // The smallest that is large enough, or null.
   Block* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
     auto best = free_.end();
     for (auto i = free_.begin(); i != free_.end(); ++i)
-      if ((*i)->bytes >= bytes && (*i)->bytes <= bytes + bytes / 4 && (best == free_.end() || (*i)->bytes < (*best)->bytes)) best = i;
+      if ((*i)->bytes >= bytes && (best == free_.end() || (*i)->bytes < (*best)->bytes)) best = i;
     Block* block = nullptr;
     if (best != free_.end()) {
       block = *best;
+      block->asked = bytes;
       free_.erase(best), free_bytes_ -= block->bytes;
     }
-    used_ += block ? block->bytes : bytes;
-    most_used_ = std::max(most_used_, used_);
+    used_ += block ? block->bytes : bytes, asked_ += bytes;
+    most_asked_ = std::max(most_asked_, asked_);
     return block;
   }
 
   static void give(void* pointer) { get().keep(static_cast<Block*>(pointer)); }
   void keep(Block* block) {
     const std::lock_guard lock(mutex_);
-    used_ -= block->bytes, free_bytes_ += block->bytes;
+    used_ -= block->bytes, asked_ -= block->asked, free_bytes_ += block->bytes;
     free_.push_back(block);
-    drop_until(most_used_ - used_);
+    drop_until(most_asked_ - std::min(used_, most_asked_));
   }
   void drop_until(size_t bytes) {               // the longest unused go first
     auto last = free_.begin();
@@ -83,7 +84,7 @@ class OutputBlocks final : public c10::Allocator {
 
   std::mutex mutex_;
   std::vector<Block*> free_;                    // in the order in which they were given back
-  size_t free_bytes_ = 0, used_ = 0, most_used_ = 0;
+  size_t free_bytes_ = 0, used_ = 0, asked_ = 0, most_asked_ = 0;           // used: bytes of blocks in use
 };
 
 inline at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format = at::MemoryFormat::Contiguous) {

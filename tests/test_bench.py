@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from fanin_compile.backend import record
 from fanin_compile.bench.cases import LinearCase, build
+from fanin_compile.bench.feed_forward import feed_forward, time_removal
 from fanin_compile.bench.linear import bench_linear, target
 from fanin_compile.bench.measure import DisagreementError, geometric_mean, nnz_of, run_case
-from fanin_compile.bench.models import make_model
+from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
 from fanin_compile.bench.roofline import roofline
 from fanin_compile.cli import app
 from fanin_compile.errors import OptionError
@@ -37,6 +39,7 @@ def test_quick_run_of_a_whole_model() -> None:
     result = CliRunner().invoke(app, ["bench", "model", "mlp", "--quick", "--ablate", "0.5"])
     assert result.exit_code == 0, result.output
     assert "mlp, 50% ablated" in result.output
+    assert "no feed-forward block" in result.output  # its layers have no names that say so
     assert "of the dense" in result.output
 
 
@@ -73,6 +76,26 @@ def test_layers_alone_get_the_inputs_of_one_call_and_are_compared(monkeypatch: p
     monkeypatch.setitem(contenders.CONTENDERS, "inductor", wrong)
     with pytest.raises(DisagreementError, match="layer 0 of inductor alone is off by"):
         time_alone(alone, inputs, threads_used=1, contenders=["eager", "inductor"], seconds=0.0)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_removal_in_feed_forward_blocks_stands_beside_the_whole(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    case = make_model(name, small=True)
+    mask_constant_fan_in(case.model, 0.9, ablate=0.5)
+    model, x = OneInput(case).eval(), next(iter(case.inputs.values()))
+    layers = {path: layer for path, layer, *_ in maskable(case.model)}
+    blocks, inputs = feed_forward(model, x, layers)
+    assert len(inputs) == 2
+    monkeypatch.setattr("fanin_compile.bench.feed_forward.interleaved", lambda runs, seconds: runs)
+    with torch.no_grad(), record() as compilations:
+        time_removal(blocks, inputs, threads_used=1, seconds=0)
+    results = [c.result for c in compilations]
+    assert None not in results
+    narrowed = [[r for r in result.rewritten if r.became == "narrowed"] for result in results if result]
+    assert [len(found) for found in narrowed] == [0, 2]
 
 
 def test_quick_run_of_the_targets(tmp_path: Path) -> None:

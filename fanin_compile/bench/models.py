@@ -101,7 +101,7 @@ def mask_constant_fan_in(
         flat = by_neuron.flatten(1)
         out, fan_in = flat.shape
         dead = torch.zeros(out, dtype=torch.bool)
-        if ablate and _is_hidden(name):
+        if ablate and is_hidden(name):
             dead[torch.randperm(out, generator=generator)[: round(ablate * out)]] = True
         budget = (1.0 - sparsity) * out * fan_in
         k = min(fan_in, max(1, round(budget / max(1, int((~dead).sum())))))
@@ -116,7 +116,7 @@ def mask_constant_fan_in(
     return masks
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """The first linear of a feed-forward block, by the names that transformers uses."""
     return name.endswith(
         ("intermediate.dense", "c_fc", "fc1", "gate_proj", "up_proj", "wi", "pwconv1", "lin1")

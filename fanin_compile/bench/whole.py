@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from fanin_compile.bench.contenders import DENSE, QUICK
+from fanin_compile.bench.feed_forward import AIM, feed_forward, time_removal
 from fanin_compile.bench.layers_alone import layers_alone, time_alone
 from fanin_compile.bench.measure import Row, run_case
 from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
@@ -77,6 +78,9 @@ def bench_model(
             took = ", ".join(f"{name} {timing.us:.0f}" for name, timing in times.items())
             notes.append(f"{where}: {len(inputs)} layers alone (us: {took})")
             notes.append(f"{where}: {_resident(model, x, count)}")
+            if ablate:
+                layers = {name: layer for name, layer, *_ in maskable(case.model)}
+                notes.append(f"{where}: {_removal(model, x, layers, count, seconds)}")
     return BenchResult(f"whole model {name}", host(), tuple(rows), None, tuple(notes))
 
 
@@ -89,6 +93,18 @@ def _resident(model: OneInput, x: Tensor, count: int) -> str:
     return (
         f"resident {state / 1e6:.1f} MB, {state / dense:.0%} of the dense {dense / 1e6:.1f}; "
         f"scratch of a thread up to {scratch_nbytes() / 1e6:.2f} MB"
+    )
+
+
+def _removal(model: OneInput, x: Tensor, layers: Mapping[str, nn.Module], count: int, seconds: float) -> str:
+    """What the removal of ablated neurons gains in the feed-forward blocks."""
+    blocks, inputs = feed_forward(model, x, layers)
+    if not inputs:
+        return "no feed-forward block of two layers"
+    without, removed = time_removal(blocks, inputs, threads_used=count, seconds=seconds)
+    return (
+        f"{len(inputs)} feed-forward blocks alone (us): {without.us:.0f}, {removed.us:.0f} with ablated neurons "
+        f"removed, {without.median / removed.median:.2f} times as fast (aimed at {AIM})"
     )
 
 

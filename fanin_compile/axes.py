@@ -200,7 +200,7 @@ class Spread:
     def taken(self, dim: int, indices: range | int, size: Size) -> Spread | None:
         """A slice along `dim`, which leaves `size` of it, or the one index without the dimension."""
         one = self.merged(dim)
-        if one is None:
+        if one is None or _is(size, 0):
             return None
         (axis,) = one.span(dim)
         data = one.data

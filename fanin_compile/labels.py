@@ -85,13 +85,10 @@ class _Labeller:
         bound, out, dim = bind_arguments(node), tensor_meta(node), channel_dim(node)
         x, bias, groups = bound["input"], bound["bias"], bound.get("groups", 1)
         weight = tensor_meta(bound["weight"])
-        if (
-            out is None
-            or weight is None
-            or dim is None
-            or weight.ndim != 2 + CONVOLUTIONS.get(node.target, 0)
-        ):
-            return ()  # the outputs of a vector are no neurons
+        if out is None or weight is None or dim is None:
+            return ()
+        if weight.ndim != 2 + CONVOLUTIONS.get(node.target, 0) or weight.numel() == 0:
+            return ()  # a vector's output is no neuron
         source = self._spreads.get(x)
         columns = None if source is None else source.alone(dim)
         if source is not None and columns is None:

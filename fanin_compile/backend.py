@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._inductor import config as inductor_config
 from torch.compiler import config as compiler_config
 
@@ -96,6 +97,8 @@ def fanin(
     guards.discount_dropped_graphs()
     try:
         return _compile(gm, example_inputs, settings)
+    except TensorifyScalarRestartAnalysis:
+        raise  # no failure: Dynamo traces anew, with numbers where it had symbols
     except Exception as error:
         if settings.strict:
             raise RewriteError(f"fanin could not compile a graph: {error}") from error

@@ -22,6 +22,7 @@ from fanin_compile.attention import (
     averaged,
     contracted,
     feeds_softmax,
+    sums_to_one,
 )
 from fanin_compile.axes import Spread, together
 from fanin_compile.channels import BINARY, POINTWISE, channel_dim, constants, foldable, per_neuron
@@ -253,7 +254,10 @@ class _Labeller:
         values = averaged(self._spreads.get(value), out)
         if rows is None or values is None:
             return ()
-        q, k, v, query_is, key_is, _ = rows
+        q, k, v, query_is, key_is, value_is = rows
+        if not sums_to_one(node):
+            reason = f"{node.name} may hide all positions from one, which is then 0"
+            self.labels.lost.append((v[~value_is.isnan() & (value_is != 0)], reason))
         # a constant key adds as much to all the logits of a query, which the softmax does not see
         idle = (query_is == 0) | ~key_is.isnan()
         self.labels.ties.append((q, k))

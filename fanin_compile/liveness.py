@@ -29,7 +29,7 @@ class Neurons:
     Attributes:
         labels: see there.
         live: bool [labels.count].
-        why: of labels that are kept though no layer reads them.
+        why: of labels that are kept though no layer reads them, or must read them as constants were lost.
     """
 
     labels: Labels
@@ -74,8 +74,9 @@ class _Fixpoint:
                 self._spare_dense()
             if int(self._live.sum()) == before:
                 break
+        lost = {label: reason for labels, reason in self._labels.lost for label in labels.tolist()}
         names = self._class.tolist()
-        why = {label: self._why[name] for label, name in enumerate(names) if name in self._why}
+        why = lost | {label: self._why[name] for label, name in enumerate(names) if name in self._why}
         return Neurons(self._labels, self._live[self._class], why)
 
     def _keep(self, classes: Tensor, reason: str) -> None:

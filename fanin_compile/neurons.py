@@ -58,6 +58,7 @@ class Labels:
         ties: pairs of tensors of labels, those at the same place standing for one decision.
         pins: labels that stay, and why.
         balanced: what must keep as many.
+        lost: labels of constants that nothing is known of any more from some node on, and why.
     """
 
     spreads: dict[fx.Node, Spread] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Labels:
     ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     balanced: list[Balance] = field(default_factory=list)
+    lost: list[tuple[Tensor, str]] = field(default_factory=list)
     count: int = 0
 
     def new(self, count: int) -> Tensor:

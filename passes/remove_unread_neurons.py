@@ -72,11 +72,12 @@ def _name(node: fx.Node, ctx: Context) -> str:
 
 
 def _staying(node: fx.Node, rows: Tensor, neurons: Neurons) -> list[Skip]:
-    """Why ablated neurons of a layer stay, if they do though no layer reads them."""
+    """Why ablated neurons of a layer stay, where that is known."""
     ablated = torch.ones(len(rows), dtype=torch.bool)
     if (active := node.meta[CONDENSED].rows) is None:
         return []
     ablated[active.long()] = False
+    ablated &= neurons.live[rows]
     reasons = Counter(neurons.why[label] for label in rows[ablated].tolist() if label in neurons.why)
     return [
         Skip(node.meta[LAYER].name, f"ablated neurons stay: {reason}", {"ablated": count})

@@ -145,8 +145,10 @@ def test_constant_values_are_folded_only_where_weights_sum_to_one(biased: bool) 
     x = randn(2, 5, 24)
     ablated = [every_head(1), every_head(1), every_head(2)]
     model = Attention(ablated, attend=_masked(_hides_first_rows), bias=(True, True, biased))
-    gm, _ = narrow(model, x)
+    gm, result = narrow(model, x)
     assert head_sizes(gm) == ([8] * 3 if biased else [7] * 3)
+    reasons = {s.layer: s.reason for s in result.skipped}
+    assert ("may hide all positions" in reasons.get("v", "")) == biased
 
 
 def _seeing_all(q: Tensor) -> Tensor:
@@ -337,6 +339,18 @@ def test_multihead_attention_with_any_batch_and_length(need_weights: bool) -> No
         for shape in ((2, 5, WIDTH), (3, 7, WIDTH)):
             x = randn(*shape, seed=4)
             assert_equals_model(condensed(x), model, x)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_multihead_attention_compiles_with_symbolic_sizes() -> None:
+    """Where a number must not stay symbolic, Dynamo traces anew in the midst of the backend."""
+    model = Packed(need_weights=False).eval()
+    run_compiled = compiled(model, dynamic=True)
+    with recorded() as compilations:
+        for shape in ((3, 7, WIDTH), (2, 5, WIDTH)):
+            x = randn(*shape, seed=4)
+            assert_equals_model(run_compiled(x), model, x)
+    assert narrowed(compilations[-1].result) == {"attention.in_proj_weight": "96 -> 72 neurons"}
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -39,6 +39,7 @@ CONVOLUTIONS = {
 # node.meta keys; replace_node carries them over, so they survive every rewrite of a node
 LAYER = "fanin_layer"  # the Layer it computes
 CONDENSED = "fanin_condensed"  # the CondensedWeight of its constant weight
+NAME = "fanin_name"  # of a dense layer in reports, where its weight is a new constant
 _READ = "fanin_read"  # of the graph module: what Evaluators read
 
 

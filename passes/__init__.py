@@ -15,9 +15,11 @@ from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
+from fanin_compile.passes.lower_depthwise import lower_depthwise
 from fanin_compile.passes.recognise_activations import recognise_activations
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.reuse_residuals import reuse_residuals
+from fanin_compile.passes.split_batch import split_batch
 from fanin_compile.passes.unflatten_linears import unflatten_linears
 
 PIPELINE: tuple[Pass, ...] = (
@@ -30,7 +32,9 @@ PIPELINE: tuple[Pass, ...] = (
     remove_unread_neurons,  # after the fold, by which nobody reads an ablated neuron any more
     condense_linear,
     condense_conv,
-    fuse_epilogue,  # it folds what follows into the nodes which the two before it made
+    lower_depthwise,  # which of them stand beside condensed ones is known now
+    fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs
+    split_batch,  # it repeats operators, which those before it should see as one
     reuse_residuals,  # last: passes before it may take a node's value for what it was when it was computed
 )

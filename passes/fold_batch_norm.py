@@ -20,6 +20,7 @@ from fanin_compile.graph import (
     CONDENSED,
     CONVOLUTIONS,
     LAYER,
+    NAME,
     Context,
     Evaluator,
     PassResult,
@@ -79,6 +80,7 @@ def fold_batch_norm(gm: fx.GraphModule, ctx: Context) -> PassResult:
             constants = {"weight": scaled.to(dense.dtype), "bias": shift.to(dense.dtype)}
             nodes = [add_constant(gm, layer, f"{layer.name}_{kind}", t) for kind, t in constants.items()]
             layer.args = (layer.args[0], *nodes, *layer.args[3:])
+            layer.meta[NAME] = name
         norm.replace_all_uses_with(layer)
         gm.graph.erase_node(norm)
         rewritten.append(Rewrite(name, "folded", detail="batch norm folded"))

@@ -15,8 +15,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fanin_compile import ops_depthwise  # noqa: F401  (it defines the operator)
 from fanin_compile.graph import (
     LAYER,
+    NAME,
     Context,
     PassResult,
     bind_arguments,
@@ -28,6 +30,12 @@ from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
+
+_STORES = (
+    torch.ops.fanin.gather_matmul.default,
+    torch.ops.fanin.gather_conv.default,
+    torch.ops.fanin.depthwise_conv.default,
+)
 
 
 def fuse_epilogue(gm: fx.GraphModule, ctx: Context) -> PassResult:
@@ -72,8 +80,7 @@ def _fuse_activation(node: fx.Node) -> Rewrite | None:
 
 def _fusable(producer: object, user: fx.Node) -> bool:
     """`producer` is one of our ops, nobody but `user` sees its output, and it may run as late as `user`."""
-    targets = (torch.ops.fanin.gather_matmul.default, torch.ops.fanin.gather_conv.default)
-    if not isinstance(producer, fx.Node) or producer.target not in targets or list(producer.users) != [user]:
+    if not isinstance(producer, fx.Node) or producer.target not in _STORES or list(producer.users) != [user]:
         return False
     return not writes_between(producer, user)  # of the producer's input
 
@@ -89,4 +96,5 @@ def _absorb(producer: fx.Node, user: fx.Node, args: dict[str, Any], what: str) -
     new = replace_node(user, target, tuple(args.values()))
     new.meta.update({k: v for k, v in producer.meta.items() if k not in ("val", "tensor_meta")})
     producer.graph.erase_node(producer)
-    return Rewrite(layer.name if layer else producer.name, "epilogue", detail=what)
+    name = layer.name if layer else producer.meta.get(NAME, producer.name)
+    return Rewrite(name, "epilogue", detail=what)

@@ -1,0 +1,149 @@
+"""Run dense depthwise convolutions beside condensed ones by our own kernel, padding included.
+
+    h = gather_conv(x, ...)
+    p = pad(h, (0, 1, 0, 1))             ->   h = gather_conv(x, ...)
+    y = conv2d(p, w, b, 2, groups=c)          y = fanin.depthwise_conv(h, w, b, (2, 2), (0, 1, 0, 1), ...)
+    (p has no other user)
+
+Condensed convolutions read and write planar images. Dense ones from oneDNN are fastest channels_last, and inductor
+copies between the two on either side; a padding of its own (as TensorFlow's "same", uneven) is a further pass over
+memory. Graphs without a condensed convolution are left as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fanin_compile import ops_depthwise  # noqa: F401  (it defines the operator)
+from fanin_compile.graph import (
+    CONVOLUTIONS,
+    NAME,
+    Context,
+    PassResult,
+    bind_arguments,
+    replace_node,
+    tensor_meta,
+    writes_between,
+)
+from fanin_compile.pointwise import activation_name, keeps_values
+from fanin_compile.records import Rewrite, Skip
+
+aten = torch.ops.aten
+
+_PLANAR = (torch.ops.fanin.gather_conv.default, torch.ops.fanin.depthwise_conv.default)
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_SUMS = (aten.add.Tensor, aten.add_.Tensor)
+
+
+def lower_depthwise(gm: fx.GraphModule, ctx: Context) -> PassResult:
+    rewritten: list[Rewrite] = []
+    skipped: list[Skip] = []
+    if not any(node.target in _PLANAR for node in gm.graph.nodes):
+        return PassResult()
+    for node in list(gm.graph.nodes):
+        if node.target not in CONVOLUTIONS:
+            continue
+        bound, dims = bind_arguments(node), CONVOLUTIONS[node.target]
+        x, weight, bias = bound["input"], bound["weight"], bound["bias"]
+        shape = None if (meta := tensor_meta(weight)) is None else meta.shape
+        if shape is None or bound["groups"] == 1 or shape[1] != 1:
+            continue
+        name = node.meta.get(NAME) or ctx.names.get(str(weight.target), str(weight.target))
+        refusal = _refusal(name, node, x, weight, bias)
+        if refusal is not None:
+            skipped.append(refusal)
+            continue
+        dilation = _spread(bound["dilation"], dims)
+        padding = _padding(bound["padding"], list(shape[2:]), dilation)
+        folded = _folded_pad(x, node, dims)
+        if folded is not None:
+            x, padding = x.args[0], [a + b for a, b in zip(padding, folded, strict=True)]
+        new = replace_node(
+            node,
+            torch.ops.fanin.depthwise_conv.default,
+            (x, weight, bias, _spread(bound["stride"], dims), padding, dilation),
+        )
+        new.meta[NAME] = name
+        detail = "planar kernel" if folded is None else f"planar kernel, padding {folded} folded"
+        rewritten.append(Rewrite(name, "depthwise-conv", detail=detail))
+    return PassResult(tuple(rewritten), tuple(skipped))
+
+
+def _refusal(name: str, node: fx.Node, x: object, weight: object, bias: object) -> Skip | None:
+    given = {"input": x, "weight": weight, "bias": bias, "output": node}
+    metas = {what: tensor_meta(value) for what, value in given.items() if value is not None}
+    dtypes = {what: None if meta is None else meta.dtype for what, meta in metas.items()}
+    if set(dtypes.values()) != {torch.float32}:
+        return Skip(name, "depthwise: the planar kernel knows float32 alone", dtypes)
+    devices = {meta.device.type for meta in metas.values() if meta is not None}
+    if devices != {"cpu"}:
+        return Skip(name, "depthwise: no kernel for this device", {"device": ", ".join(sorted(devices))})
+    if not (_comes_from_planar(x) or _goes_to_planar(node)):
+        return Skip(name, "depthwise: beside no condensed convolution", {"input": x})
+    return None
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Whether `node` leaves the memory format of a planar image as it is."""
+    return node.target in (*_PADS, *_SUMS) or activation_name(node) is not None or keeps_values(node)
+
+
+def _comes_from_planar(x: object) -> bool:
+    seen: set[fx.Node] = set()
+    nodes = [x]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        if node.target in _PLANAR:
+            return True
+        seen.add(node)
+        if _passes_on(node):
+            nodes += node.args[: 2 if node.target in _SUMS else 1]
+    return False
+
+
+def _goes_to_planar(node: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    nodes = [node]
+    while nodes:
+        for user in nodes.pop().users:
+            if user.target in _PLANAR:
+                return True
+            if user not in seen and _passes_on(user):
+                nodes.append(user)
+            seen.add(user)
+    return False
+
+
+def _folded_pad(pad: fx.Node, conv: fx.Node, dims: int) -> list[int] | None:
+    """What `pad` adds before and behind each spatial dimension, outermost first, if the convolution can do so."""
+    if pad.target not in _PADS or list(pad.users) != [conv] or writes_between(pad, conv):
+        return None
+    bound = bind_arguments(pad)
+    if bound.get("mode", "constant") != "constant" or (bound["value"] or 0) != 0:
+        return None
+    numbers: list[Any] = list(bound["pad"])  # innermost dimension first
+    numbers += [0] * (2 * dims - len(numbers))
+    if len(numbers) != 2 * dims or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        return None
+    return [n for d in range(dims) for n in numbers[2 * (dims - 1 - d) :][:2]]
+
+
+def _spread(value: int | list[int], dims: int) -> list[int]:
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[int]) -> list[int]:
+    """Before and behind each dimension; "same" puts the odd one behind, as aten does."""
+    if padding == "valid":
+        return [0] * 2 * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [n for total in totals for n in (total // 2, total - total // 2)]
+    assert not isinstance(padding, str)
+    return [n for n in _spread(padding, len(kernel)) for _ in range(2)]

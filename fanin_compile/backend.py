@@ -37,11 +37,13 @@ from fanin_compile.capture import (
 from fanin_compile.errors import BuildError, RewriteError
 from fanin_compile.freshness import Watch, watch_fused_optimizers
 from fanin_compile.graph import (
+    CONVOLUTIONS,
     Context,
     Gate,
     PipelineResult,
     attr_tensor,
     run_pipeline,
+    tensor_meta,
 )
 from fanin_compile.kernels import build
 from fanin_compile.mask import find_masked_weight
@@ -52,6 +54,7 @@ from fanin_compile.tuning import tuned_gate, tuned_pack
 
 log = logging.getLogger("fanin_compile")
 
+STEM_CHANNELS = 4  # at most, of the images that a network is given
 LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.padding_idx)
 _recorders: list[list[Compilation]] = []
 
@@ -159,11 +162,21 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
             f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
         )
     rewritten, constants = _take_constant_outputs(unlift(result.graph_module))
+    patches: dict[str, object] = {"size_asserts": False}  # 3 of 9 us a layer go into them at every call
+    if _only_stems(rewritten.graph):
+        patches["layout_optimization"] = False
     with _own_cache_key():
-        # 3 of 9 us a layer are inductor asserting the sizes of each tensor at every call
-        compiled = settings.finish(rewritten, example_inputs, size_asserts=False)
+        compiled = settings.finish(rewritten, example_inputs, **patches)
     _bind_to_modules(captured, packed)
     return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, example_inputs)
+
+
+def _only_stems(graph: fx.Graph) -> bool:
+    """Whether the dense convolutions left are few-channelled ones among condensed ones, all of whose images are planar:
+    channels_last, which inductor would have them read, takes a copy before and one after."""
+    dense = [tensor_meta(node.args[1]) for node in graph.nodes if node.target in CONVOLUTIONS]
+    few = all(weight is not None and weight.shape[1] <= STEM_CHANNELS < weight.shape[0] for weight in dense)
+    return few and any(node.target is torch.ops.fanin.gather_conv.default for node in graph.nodes)
 
 
 def _packed(captured: Captured, result: PipelineResult) -> tuple[int, ...]:

@@ -174,6 +174,40 @@ def conv(
         )
 
 
+@bench_app.command()
+def depthwise(
+    batches: Batches = "1,8",
+    threads: Threads = "1",
+    seconds: Seconds = 1.0,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+) -> None:
+    """The depthwise convolutions of MobileNetV2, one at a time, against oneDNN's through inductor."""
+    from fanin_compile.bench.depthwise import MOBILENET_V2, bench_depthwise, table
+    from fanin_compile.bench.roofline import host
+
+    cases = MOBILENET_V2[-1:] if quick else MOBILENET_V2
+    rows = list(
+        track(
+            bench_depthwise(
+                cases=cases,
+                batches=_numbers(int, batches, "--batches"),
+                threads_used=_numbers(int, threads, "--threads"),
+                seconds=min(seconds, 0.05) if quick else seconds,
+            ),
+            "measuring",
+            total=len(cases) * len(batches.split(",")) * len(threads.split(",")),
+            transient=True,
+        )
+    )
+    print(host())
+    print(table(rows))
+    if json_file is not None:
+        json_file.write_text(
+            json.dumps({"machine": host(), "rows": [row.to_dict() for row in rows]}, indent=2)
+        )
+
+
 def _bench_linear(
     stack: bool,
     batches: str,

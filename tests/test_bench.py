@@ -123,6 +123,17 @@ def test_quick_run_of_a_convolution(tmp_path: Path) -> None:
     assert row["ratio"] > 0
 
 
+def test_quick_run_of_a_depthwise_convolution(tmp_path: Path) -> None:
+    file = tmp_path / "depthwise.json"
+    command = ["bench", "depthwise", "--quick", "--batches", "1", "--json", str(file)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "mean of ratios" in result.output
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["name"] == "960 at 7"
+    assert row["ratio"] > 0
+
+
 def test_bad_numbers_and_unknown_models_are_refused() -> None:
     result = CliRunner().invoke(app, ["bench", "linear", "--batches", "one"])
     assert result.exit_code == 2

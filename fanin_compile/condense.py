@@ -16,6 +16,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from fanin_compile.condensed import CondensedWeight, index_dtype
@@ -26,7 +27,7 @@ from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
 from fanin_compile.options import VALUES_DTYPES
 from fanin_compile.packed import LEAST_BYTES
-from fanin_compile.packed_conv import CODE_BYTES, MAX_TAPS
+from fanin_compile.packed_conv import CODE_BYTES, LEAST_CONV_BYTES, MAX_TAPS
 from fanin_compile.packing import pack
 from fanin_compile.packing_conv import pack_conv
 from fanin_compile.records import Layer, Skip
@@ -103,19 +104,36 @@ def condense(
                 f"condense swaps layers only, as the model cannot be exported: {cause}", stacklevel=2
             )
     memo: dict[int, object] = {}
+    left: list[Candidate] = []
     for candidate in candidates(model, masks=masks, filter_fn=filter_fn, progress=progress):
         if candidate.skip is None:
             memo[id(candidate.module)] = _condensed_layer(candidate, values_dtype)
         else:
+            left.append(candidate)
             log.info("condense leaves %s: %s", candidate.name or "the model", candidate.skip)
     for skip in unsupported(model):
         log.info("condense leaves %s: %s", skip.layer or "the model", skip)
     _prepare_stale_weights(model, memo)
     # deepcopy finds the new layers in its memo and never looks at the dense ones behind them
     copied = copy.deepcopy(model, memo)
+    for candidate in left:
+        if candidate.found.source == "user":
+            _mask_in_place(memo[id(candidate.module)], candidate.found)
     for module in copied.modules():
         _disable_fast_path(module)
     return copied
+
+
+def _mask_in_place(module: object, found: MaskedWeight) -> None:
+    """The caller's mask decides in a layer that stays dense, too."""
+    assert isinstance(module, nn.Module)
+    if parametrize.is_parametrized(module, found.name):
+        stored = module.parametrizations[found.name].original  # type: ignore[union-attr, index]
+    else:
+        stored = getattr(module, f"{found.name}_orig", None)
+        stored = getattr(module, found.name) if stored is None else stored
+    with torch.no_grad():
+        stored.masked_fill_(~found.mask, 0)
 
 
 def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
@@ -128,8 +146,11 @@ def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
             return Skip(layer.name, "excluded by filter_fn")
         fan_in = math.prod(layer.shape[1:])
         size = layer.dense_bytes // layer.dense_size if layer.dense_bytes else 4
-        entry = index_dtype(fan_in).itemsize if layer.op == "linear" else CODE_BYTES
-        condensed = layer.nnz * (size + entry) + LEAST_BYTES
+        linear = layer.op == "linear"
+        entry, least = (
+            (index_dtype(fan_in).itemsize, LEAST_BYTES) if linear else (CODE_BYTES, LEAST_CONV_BYTES)
+        )
+        condensed = layer.nnz * (size + entry) + least
         if condensed >= size * layer.dense_size:
             return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
         return None

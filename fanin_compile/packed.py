@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .condensed import CondensedWeight, index_dtype
 from .errors import FormatError
-from .structure import ALIGNMENT, Numbers, expect_sound
+from .structure import Numbers, expect_sound
 
 GROUP_ROWS = 4
 PAIR = 2 * GROUP_ROWS  # entries of a pair of steps
@@ -58,6 +58,7 @@ class Header(Numbers):
 
     VERSION: ClassVar[int] = 0x0FA10003
     SIZE: ClassVar[int] = 128
+    ALIGNMENT: ClassVar[int] = 64
 
     out: int
     in_: int
@@ -100,7 +101,7 @@ class Header(Numbers):
         return block * self.out // self.blocks
 
 
-LEAST_BYTES = Header.SIZE + 3 * ALIGNMENT  # of a structure with anything in it
+LEAST_BYTES = Header.SIZE + 3 * Header.ALIGNMENT  # of a structure with anything in it
 
 
 def unpack(packed: Packed) -> CondensedWeight:

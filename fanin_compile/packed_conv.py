@@ -43,7 +43,8 @@ class ConvHeader(Numbers):
     """The numbers of a convolution's structure, by the names of kernels/conv.h."""
 
     VERSION: ClassVar[int] = 0x0FA1C001
-    SIZE: ClassVar[int] = 192
+    SIZE: ClassVar[int] = 160
+    ALIGNMENT: ClassVar[int] = 8
 
     out: int
     group_channels: int
@@ -109,6 +110,9 @@ class ConvHeader(Numbers):
             and self.channels <= MAX_CODE * MAX_CODE  # none of the products below overflows
             and -(-self.live // self.blocks) <= MAX_HEIGHT
         )
+
+
+LEAST_CONV_BYTES = ConvHeader.SIZE + 5 * ConvHeader.ALIGNMENT  # of a structure with anything in it
 
 
 def code_step(taps: int, together: int) -> int:

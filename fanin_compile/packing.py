@@ -68,7 +68,7 @@ def pack(
         raise FormatError(f"weight has {groups.entries} entries when packed, expected below 2**31")
 
     entry = _entries(groups, counts)
-    room = capacity(groups.entries, weight.nnz)
+    room = capacity(groups.entries, weight.nnz, 64)
     device = weight.values.device
     values = weight.values.new_zeros(room)
     values.scatter_(0, entry.to(device), weight.values.flatten())
@@ -217,4 +217,4 @@ def _write(grid: _Grid, groups: _Groups, columns: Tensor, nnz: int, tile: int) -
             tile=tile,
         )
 
-    return write(Header.SIZE, [bounds.cumsum(0).to(torch.int32), table, columns], header)
+    return write(Header, [bounds.cumsum(0).to(torch.int32), table, columns], header)

@@ -190,7 +190,7 @@ class _Packing:
         spread = min(chunks, max(0, group_channels - 2) // self.chunk + 2, max(1, weight.max_fan_in))
         runs = len(self.live) * spread
         most = runs if together == 1 else -(-runs // together) + KINDS * stages
-        room = capacity(entries, weight.nnz)
+        room = capacity(entries, weight.nnz, 8)
         counts = torch.zeros(max(most, len(self.visits)), dtype=torch.uint16)
         counts[: len(self.visits)] = self.visits.to(torch.uint16)
         order = torch.zeros(len(counts), together, dtype=torch.uint16)
@@ -233,5 +233,5 @@ class _Packing:
                 codes_at=codes_at,
             )
 
-        structure = write(ConvHeader.SIZE, [rows, table, counts, order, codes.to(torch.uint16)], header)
+        structure = write(ConvHeader, [rows, table, counts, order, codes.to(torch.uint16)], header)
         return Packed(values, structure.to(device))

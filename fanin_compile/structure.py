@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .errors import FormatError
 
-ALIGNMENT = 64  # bytes, of the arrays of a structure
 _SLACK = 32  # numbers of values are rounded up by nnz / _SLACK at most
 
 
@@ -21,6 +20,7 @@ class Numbers:
 
     VERSION: ClassVar[int]
     SIZE: ClassVar[int]  # bytes kept for them
+    ALIGNMENT: ClassVar[int]  # bytes, of the arrays
 
     version: int
     bytes: int
@@ -55,23 +55,23 @@ class Numbers:
     def part(self, structure: Tensor, name: str, at: int, length: int, dtype: torch.dtype) -> Tensor:
         """int64 [length], the array that begins at byte `at`. FormatError if it is not inside the structure."""
         end = at + length * dtype.itemsize
-        if length < 0 or at % ALIGNMENT or not self.SIZE <= at <= end <= len(structure):
+        if length < 0 or at % self.ALIGNMENT or not self.SIZE <= at <= end <= len(structure):
             raise FormatError(f"{name} are bytes {at} to {end} of {len(structure)}: the structure is damaged")
         return structure[at:end].clone().view(dtype).to(torch.int64)
 
 
-def capacity(entries: int, nnz: int) -> int:
-    """Room for so many values: rounded up, so that most changes of a mask leave the tensor's size alone."""
-    step = max(64, nnz // _SLACK // 64 * 64)
+def capacity(entries: int, nnz: int, least: int) -> int:
+    """Room for so many values: a multiple of `least`, so that most changes of a mask leave the tensor's size alone."""
+    step = max(least, nnz // _SLACK // least * least)
     return -(-entries // step) * step
 
 
-def write(size: int, parts: Sequence[Tensor], header: Callable[..., Numbers]) -> Tensor:
-    """A structure uint8 of `parts`, of which header(*offsets, bytes=...) are the numbers, `size` bytes of them."""
-    offsets, end = [], size
+def write(kind: type[Numbers], parts: Sequence[Tensor], header: Callable[..., Numbers]) -> Tensor:
+    """A structure uint8 of `parts`, of which header(*offsets, bytes=...) are the numbers."""
+    offsets, end = [], kind.SIZE
     for part in parts:
         offsets.append(end)
-        end += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+        end += -(-part.nbytes // kind.ALIGNMENT) * kind.ALIGNMENT
     structure = torch.zeros(end, dtype=torch.uint8)
     numbers = torch.tensor(astuple(header(*offsets, bytes=end)))
     for offset, part in zip((0, *offsets), (numbers, *parts), strict=True):

@@ -20,6 +20,7 @@ _OURS = (
     torch.ops.fanin.gather_conv.default,
     torch.ops.fanin.gather_matmul.default,
     torch.ops.fanin.gather_matmul_chain.default,
+    torch.ops.fanin.depthwise_conv.default,
 )
 
 

@@ -90,7 +90,7 @@ struct Structure {
   int64_t blocks, live;         // block b is rows [live * b / blocks, live * (b + 1) / blocks)
   int64_t entries, visits, longest;             // longest: entries of a stage, at most
   int64_t rows_at, stages_at, counts_at, order_at, codes_at;
-  int64_t unused[5];
+  int64_t unused[1];
 
   int64_t first_row(int64_t block) const { return live * block / blocks; }
   int64_t tallest() const { return (live + blocks - 1) / blocks; }

@@ -99,53 +99,58 @@ FANIN_INLINE void weave_row(const Weave& w, const Row& row, const X* const (&lan
   }
 }
 
-// kPiece channels of a row, from x[pixel][channel] to rows[channel][pixel], `channel` floats apart.
+// One channel by way of padded rows: where weaving in place would leave x.
 template <class X>
-void transpose_row(const X* x, int64_t count, int64_t step, int64_t channels, float* out, int64_t channel) {
-  if (channels < kPiece) {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < count; ++i) out[c * channel + i] = widen1(x + i * step + c);
-    return;
-  }
-  for (int64_t i = 0; i < count; i += kLanes) {
-    vf v[kPiece];                                             // piece b of v[j]: the channels of pixel i + b * kPiece + j
-    for (int j = 0; j < kPiece; ++j)
-      v[j] = gather_pieces<kLanes>(0, [&](int b) {
-        return widen<kPiece>(x + std::min<int64_t>(i + b * kPiece + j, count - 1) * step);
-      });
-    transpose_pieces(v);
-    const size_t bytes = std::min<int64_t>(kLanes, count - i) * sizeof(float);
-    for (int j = 0; j < kPiece; ++j) __builtin_memcpy(out + j * channel + i, &v[j], bytes);
+void pack_rows(const Op& op, int64_t image, const Weave& w, int64_t c, float* planes, float* rows) {
+  const Shape& s = op.geometry->shape;
+  const Layout& l = op.geometry->layout;
+  const int64_t pixels = s.pixels_in(), begin = std::max<int64_t>(0, w.first), end = std::min(s.in[2], w.first + w.stored);
+  const X* x = static_cast<const X*>(op.x);
+  for (const Row& row : w.rows) {
+    std::fill(rows, rows + kLanes * w.stored, 0.0f);
+    for (int64_t lane = 0; lane < kLanes; lane += l.blocks[2]) {
+      const int64_t i = image + w.image[lane];
+      if (i >= op.batch || row.pixel[lane] < 0) continue;
+      const X* from = x + (i * s.in_channels + c) * pixels + row.pixel[lane] + begin;
+      float* to = rows + lane * w.stored + begin - w.first;
+      for (int64_t j = 0; j < end - begin; ++j) to[j] = widen1(from + j);
+    }
+    const float* lanes[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = rows + lane / l.blocks[2] * l.blocks[2] * w.stored + w.block[lane];
+    weave_row(w, row, lanes, planes);
   }
 }
 
-// Up to kPiece channels by way of padded rows: for any memory format, and where weaving in place would leave x.
+// x[pixel][channel]: a vector's lanes are gathered kPiece channels at a time, which the transposes tell apart.
 template <class X>
-void pack_rows(const Op& op, int64_t image, const Weave& w, int64_t c, int64_t channels, float* planes, float* rows) {
+void pack_channels_last(const Op& op, int64_t image, const Weave& w, float* planes, float* zeros) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
-  const int64_t channel = kLanes * w.stored, pixels = s.pixels_in();
-  const int64_t begin = std::max<int64_t>(0, w.first), end = std::min(s.in[2], w.first + w.stored);
+  const int64_t channels = s.in_channels, pixels = s.pixels_in();
   const X* x = static_cast<const X*>(op.x);
+  std::fill_n(zeros, channels, 0.0f);
   for (const Row& row : w.rows) {
-    std::fill(rows, rows + channels * channel, 0.0f);
-    for (int64_t lane = 0; lane < kLanes; lane += l.blocks[2]) {
-      const int64_t i = image + w.image[lane], pixel = row.pixel[lane] + begin;
-      float* to = rows + lane * w.stored + begin - w.first;
-      if (i >= op.batch || row.pixel[lane] < 0) continue;
-      if (op.channels_last) {
-        transpose_row(x + (i * pixels + pixel) * s.in_channels + c, end - begin, s.in_channels, channels, to, channel);
-      } else {
-        for (int64_t k = 0; k < channels; ++k)
-          for (int64_t j = 0; j < end - begin; ++j)
-            to[k * channel + j] = widen1(x + (i * s.in_channels + c + k) * pixels + pixel + j);
+    const Column* column = w.columns.data() + row.kind * w.width;
+    for (int64_t q = 0; q < w.width; ++q) {
+      if (column[q].out < 0) continue;
+      const X* lanes[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t i = image + w.image[lane];
+        const bool inside = column[q].inside[lane] != 0 && row.pixel[lane] >= 0 && i < op.batch;
+        lanes[lane] = inside ? x + (i * pixels + row.pixel[lane] + w.first + w.block[lane] + q) * channels
+                             : reinterpret_cast<const X*>(zeros);
       }
-    }
-    for (int64_t k = 0; k < channels; ++k) {
-      const float* lanes[kLanes];
-      for (int64_t lane = 0; lane < kLanes; ++lane)
-        lanes[lane] = rows + k * channel + lane / l.blocks[2] * l.blocks[2] * w.stored + w.block[lane];
-      weave_row(w, row, lanes, planes + k * l.channel);
+      float* out = planes + row.out + column[q].out;
+      int64_t c = 0;
+      for (; c + kPiece <= channels; c += kPiece) {
+        vf v[kPiece];                                         // piece b of v[j]: channels c.. of lane b * kPiece + j
+        for (int j = 0; j < kPiece; ++j)
+          v[j] = gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(lanes[b * kPiece + j] + c); });
+        transpose_pieces(v);
+        for (int j = 0; j < kPiece; ++j) store_raw(out + (c + j) * l.channel, v[j]);
+      }
+      for (; c < channels; ++c)
+        for (int64_t lane = 0; lane < kLanes; ++lane) out[c * l.channel + lane] = widen1(lanes[lane] + c);
     }
   }
 }
@@ -156,11 +161,7 @@ void pack_spatial(const Op& op, int64_t image, int64_t unit, float* planes, floa
   const Layout& l = op.geometry->layout;
   const Weave w = weave_of(*op.geometry, unit);
   const int64_t channels = s.in_channels, pixels = s.pixels_in(), size = op.batch * channels * pixels;
-  if (op.channels_last) {
-    for (int64_t c = 0; c < channels; c += kPiece)
-      pack_rows<X>(op, image, w, c, std::min<int64_t>(kPiece, channels - c), planes + c * l.channel, rows);
-    return;
-  }
+  if (op.channels_last) return pack_channels_last<X>(op, image, w, planes, rows);
   constexpr int64_t line = 64 / sizeof(X);
   // of channel 0: elements at which lanes start, and one of each cache line
   std::vector<int64_t> starts, lines;
@@ -179,7 +180,7 @@ void pack_spatial(const Op& op, int64_t image, int64_t unit, float* planes, floa
   std::fill(rows, rows + w.width, 0.0f);
   for (int64_t c = 0; c < channels; ++c, planes += l.channel) {
     if (least + c * pixels < 0 || most + c * pixels > size) {
-      pack_rows<X>(op, image, w, c, 1, planes, rows + w.width);
+      pack_rows<X>(op, image, w, c, planes, rows + w.width);
       continue;
     }
     const X *x = static_cast<const X*>(op.x) + c * pixels, *zeros = reinterpret_cast<const X*>(rows);
@@ -292,7 +293,7 @@ int64_t pack_floats(const Geometry& geometry) {
   int64_t tiles = 0;
   for (int64_t u = 0; u < l.units(); ++u) tiles = std::max(tiles, l.unit[u + 1] - l.unit[u]);
   if (l.pointwise) return channels * l.channel * tiles;
-  return channels * l.channel + width_of(geometry) + kPiece * kLanes * stored_of(geometry);
+  return channels * l.channel + std::max(width_of(geometry) + kLanes * stored_of(geometry), channels);
 }
 
 void pack(const Op& op, int64_t image, int64_t unit, float* planes) {

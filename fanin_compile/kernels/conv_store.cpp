@@ -158,30 +158,39 @@ void blocks(const Op& op, const Tile& tile, const Places& places, const Output<X
 template <Act A, class X>
 void channels_last(const Op& op, const Tile& tile, const Places& places, const Output<X>& to, const float* sums,
                    int64_t first, int64_t last) {
-  const int64_t stride = tile.parts * tile.vectors * kLanes;
-  for (int64_t r = first; r < last; r += kLanes) {
+  constexpr int64_t kAhead = 4 * kLanes;        // pixels lie far apart, too: their lines are requested some rows early
+  const int64_t vectors = tile.parts * tile.vectors, stride = vectors * kLanes;
+  const int32_t* channels = op.weight->rows();
+  const auto prefetch = [&](int64_t r) {
+    for (int64_t t = 0; t < vectors; ++t)
+      for (int64_t lane = 0; lane < kLanes; ++lane) to.prefetch(std::max<int64_t>(places.at[t][lane], 0) + channels[r]);
+  };
+  for (int64_t r = first; r < std::min(first + kAhead, last); r += kLanes) prefetch(r);
+  for (int64_t r = first; r < last; r += kLanes, sums += kLanes * stride) {
     const int64_t rows = std::min<int64_t>(kLanes, last - r);
-    const int32_t* channel = op.weight->rows() + r;
-    const bool whole = rows == kLanes && channel[kLanes - 1] - channel[0] == kLanes - 1;
+    const int32_t* channel = channels + r;
+    if (r + kAhead < last) prefetch(r + kAhead);
     vf bias{};
     for (int64_t i = 0; i < rows; ++i) bias[i] = bias_at(op, channel[i]);
-    for (int t = 0; t < tile.parts * tile.vectors; ++t)
-      for (int lane = 0; lane < kLanes; lane += kPiece) {
-        vf v[kPiece];                                         // piece b of v[j]: lanes of row b * kPiece + j
-        for (int j = 0; j < kPiece; ++j)
-          v[j] = gather_pieces<kLanes>(0, [&](int b) {
-            return load_raw<vp>(sums + (r - first + std::min<int64_t>(b * kPiece + j, rows - 1)) * stride + t * kLanes + lane);
+    const auto block = [&](int64_t t, int64_t lane, auto row, auto&& put_one) __attribute__((always_inline)) {
+      vf v[kPiece];                                           // piece b of v[j]: lanes of row b * kPiece + j
+      for (int j = 0; j < kPiece; ++j)
+        v[j] = gather_pieces<kLanes>(0, [&](int b) { return load_raw<vp>(sums + row(b * kPiece + j) * stride + t * kLanes + lane); });
+      transpose_pieces(v);
+      for (int j = 0; j < kPiece; ++j)
+        if (const int64_t at = places.at[t][lane + j]; at >= 0) put_one(at, v[j] + bias);
+    };
+    const bool whole = rows == kLanes && channel[kLanes - 1] - channel[0] == kLanes - 1;
+    for (int64_t t = 0; t < vectors; ++t)
+      for (int64_t lane = 0; lane < kLanes; lane += kPiece) {
+        if (whole) {
+          block(t, lane, [](int64_t i) { return i; }, [&](int64_t at, vf v) __attribute__((always_inline)) {
+            put<A>(to.y + at + channel[0], to.of(at + channel[0]), v);
           });
-        transpose_pieces(v);
-        for (int j = 0; j < kPiece; ++j) {
-          const int64_t at = places.at[t][lane + j];
-          if (at < 0) continue;
-          if (whole) {
-            put<A>(to.y + at + channel[0], to.of(at + channel[0]), v[j] + bias);
-          } else {
-            for (int64_t c = 0; c < rows; ++c)
-              put_some<A>(to.y + at + channel[c], to.of(at + channel[c]), splat(v[j][c] + bias[c]), 1);
-          }
+        } else {
+          block(t, lane, [&](int64_t i) { return std::min(i, rows - 1); }, [&](int64_t at, vf v) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < rows; ++c) put_some<A>(to.y + at + channel[c], to.of(at + channel[c]), splat(v[c]), 1);
+          });
         }
       }
   }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.progress import track
@@ -149,29 +149,17 @@ def conv(
 ) -> None:
     """The convolutions of ResNet-50, one at a time, against oneDNN's dense ones."""
     from fanin_compile.bench.conv import RESNET50, bench_conv, table
-    from fanin_compile.bench.roofline import host
 
     cases = RESNET50[3:4] if quick else RESNET50
-    rows = list(
-        track(
-            bench_conv(
-                cases=cases,
-                batches=_numbers(int, batches, "--batches"),
-                sparsity=sparsity,
-                threads_used=_numbers(int, threads, "--threads"),
-                seconds=min(seconds, 0.05) if quick else seconds,
-            ),
-            "measuring",
-            total=len(cases) * len(batches.split(",")) * len(threads.split(",")),
-            transient=True,
-        )
+    counts, numbers = _numbers(int, threads, "--threads"), _numbers(int, batches, "--batches")
+    rows = bench_conv(
+        cases=cases,
+        batches=numbers,
+        sparsity=sparsity,
+        threads_used=counts,
+        seconds=min(seconds, 0.05) if quick else seconds,
     )
-    print(host())
-    print(table(rows))
-    if json_file is not None:
-        json_file.write_text(
-            json.dumps({"machine": host(), "rows": [row.to_dict() for row in rows]}, indent=2)
-        )
+    _print_layers(rows, len(cases) * len(numbers) * len(counts), table, json_file)
 
 
 @bench_app.command()
@@ -184,22 +172,25 @@ def depthwise(
 ) -> None:
     """The depthwise convolutions of MobileNetV2, one at a time, against oneDNN's through inductor."""
     from fanin_compile.bench.depthwise import MOBILENET_V2, bench_depthwise, table
-    from fanin_compile.bench.roofline import host
 
     cases = MOBILENET_V2[-1:] if quick else MOBILENET_V2
-    rows = list(
-        track(
-            bench_depthwise(
-                cases=cases,
-                batches=_numbers(int, batches, "--batches"),
-                threads_used=_numbers(int, threads, "--threads"),
-                seconds=min(seconds, 0.05) if quick else seconds,
-            ),
-            "measuring",
-            total=len(cases) * len(batches.split(",")) * len(threads.split(",")),
-            transient=True,
-        )
+    counts, numbers = _numbers(int, threads, "--threads"), _numbers(int, batches, "--batches")
+    rows = bench_depthwise(
+        cases=cases,
+        batches=numbers,
+        threads_used=counts,
+        seconds=min(seconds, 0.05) if quick else seconds,
     )
+    _print_layers(rows, len(cases) * len(numbers) * len(counts), table, json_file)
+
+
+def _print_layers(
+    measuring: Iterable[Any], total: int, table: Callable[[list[Any]], str], json_file: Path | None
+) -> None:
+    """Rows of single layers, each with to_dict(), as they are measured: a progress bar, then their table."""
+    from fanin_compile.bench.roofline import host
+
+    rows = list(track(measuring, "measuring", total=total, transient=True))
     print(host())
     print(table(rows))
     if json_file is not None:

@@ -120,6 +120,15 @@ class CondensedWeight:
             row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
         return cls(values, indices, row_ptr, None if n == shape[0] else rows.to(torch.int32), shape)
 
+    @classmethod
+    def at(cls, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> CondensedWeight:
+        """Values [nnz] that stand at `index`, int64 [nnz] ascending, in the flattened dense weight of `shape`."""
+        dense_fan_in = math.prod(shape[1:])
+        columns = (index % max(dense_fan_in, 1)).to(index_dtype(dense_fan_in))
+        counts = torch.bincount(index // max(dense_fan_in, 1), minlength=shape[0])
+        active = counts.nonzero().flatten()
+        return cls.of_rows(values, columns, counts[active], active, shape)
+
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight of `shape`, 0 outside the mask; values keep their bits (-0.0, NaN)."""
         dense = self.values.new_zeros(math.prod(self.shape), dtype=dtype or self.values.dtype)

@@ -21,6 +21,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import Argument, map_arg
 
+from fanin_compile import ops_conv, ops_depthwise  # noqa: F401  (they define the operators named below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
 from fanin_compile.packed import Packed
@@ -35,6 +36,9 @@ CONVOLUTIONS = {
     for overload in ("default", "padding")
     for dims in (1, 2, 3)
 }
+
+# ours, which keep images planar
+PLANAR = (torch.ops.fanin.gather_conv.default, torch.ops.fanin.depthwise_conv.default)
 
 # node.meta keys; replace_node carries them over, so they survive every rewrite of a node
 LAYER = "fanin_layer"  # the Layer it computes
@@ -233,6 +237,12 @@ def bind_arguments(node: fx.Node) -> dict[str, Any]:
         else:
             bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def spread(value: int | list[int], dims: int) -> list[int]:
+    """A convolution's argument as one number for each kernel dimension."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * dims if len(numbers) == 1 else numbers
 
 
 def set_layer_weight(gm: fx.GraphModule, node: fx.Node, weight: CondensedWeight, bias: Tensor | None) -> None:

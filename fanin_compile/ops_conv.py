@@ -53,11 +53,22 @@ def _memory_format(x: Tensor, dims: int) -> torch.memory_format:
     return format
 
 
-def _empty_output(x: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
+def empty_output(x: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
     """[batch, out, *size] of x's dtype and memory format; without the batch if x has none."""
     batch = [1] if x.ndim == dims + 1 else x.shape[:1]
     y = torch.empty([*batch, *sizes], dtype=x.dtype, device=x.device, memory_format=_memory_format(x, dims))
     return y.squeeze(0) if x.ndim == dims + 1 else y
+
+
+def finish(x: Tensor, z: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+    """activation(z + bias + residual) in x's dtype and memory format; z [batch, out, *size] is a convolution of x."""
+    dims = z.ndim - 2
+    z = z.squeeze(0) if x.ndim == dims + 1 else z
+    if bias is not None:
+        z = z + bias.to(z.dtype).view(-1, *[1] * dims)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return empty_output(x, z.shape[-dims - 1 :], dims).copy_(ACTIVATIONS[activation].forward(z))
 
 
 def reference_gather_conv(
@@ -84,12 +95,7 @@ def reference_gather_conv(
     z: Tensor = aten.convolution(
         batch.to(wide), weight, None, stride, padding, dilation, False, [0] * dims, groups
     )
-    z = z.squeeze(0) if x.ndim == dims + 1 else z
-    if bias is not None:
-        z = z + bias.to(wide).view(-1, *[1] * dims)
-    if residual is not None:
-        z = z + residual.to(wide)
-    return _empty_output(x, z.shape[-dims - 1 :], dims).copy_(ACTIVATIONS[activation].forward(z))
+    return finish(x, z, bias, residual, activation)
 
 
 def _write_over_residual(x: Tensor, *args: Any) -> None:
@@ -221,7 +227,7 @@ def _fake_gather_conv(
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(x.shape[-dims:], weight_shape[2:], stride, padding, dilation, strict=True)
     ]
-    return _empty_output(x, [weight_shape[0], *sizes], dims)
+    return empty_output(x, [weight_shape[0], *sizes], dims)
 
 
 def _gather_conv_flops(

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
 from .ops import ACTIVATIONS, until_native
+from .ops_conv import empty_output, finish
 
 aten = torch.ops.aten
 
@@ -40,14 +40,6 @@ _library.define("depthwise_conv_with_grad" + _ARGUMENTS)
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
-
-
-def _empty_output(x: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
-    """[batch, out, *size] of x's dtype and memory format; without the batch if x has none."""
-    batched = x.unsqueeze(0) if x.ndim == dims + 1 else x
-    format = torch.contiguous_format if x.is_contiguous() else suggest_memory_format(batched)
-    y = torch.empty([batched.shape[0], *sizes], dtype=x.dtype, device=x.device, memory_format=format)
-    return y.squeeze(0) if x.ndim == dims + 1 else y
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -76,12 +68,7 @@ def reference_depthwise_conv(
     z: Tensor = aten.convolution(
         batch, weight.to(wide), None, stride, [0] * dims, dilation, False, [0] * dims, batch.shape[1]
     )
-    z = z.squeeze(0) if x.ndim == dims + 1 else z
-    if bias is not None:
-        z = z + bias.to(wide).view(-1, *[1] * dims)
-    if residual is not None:
-        z = z + residual.to(wide)
-    return _empty_output(x, z.shape[-dims - 1 :], dims).copy_(ACTIVATIONS[activation].forward(z))
+    return finish(x, z, bias, residual, activation)
 
 
 # ---- the public entry point ------------------------------------------------------------------------------
@@ -205,7 +192,7 @@ def _fake_depthwise_conv(
             x.shape[-dims:], weight.shape[2:], stride, padding[::2], padding[1::2], dilation, strict=True
         )
     ]
-    return _empty_output(x, [weight.shape[0], *sizes], dims)
+    return empty_output(x, [weight.shape[0], *sizes], dims)
 
 
 def _depthwise_conv_flops(

@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .condensed import CondensedWeight, index_dtype
+from .condensed import CondensedWeight
 from .errors import FormatError
 from .structure import Numbers, expect_sound
 
@@ -119,11 +120,7 @@ def unpack(packed: Packed) -> CondensedWeight:
             f"values has shape {tuple(packed.values.shape)}, expected one dimension of at least {header.entries}"
         )
     index, entry = parts.non_zeros()
-    values = packed.values[entry]
-    columns = (index % max(header.in_, 1)).to(index_dtype(header.in_))
-    counts = torch.bincount(index // max(header.in_, 1), minlength=header.out)
-    active = counts.nonzero().flatten()
-    return CondensedWeight.of_rows(values, columns, counts[active], active, (header.out, header.in_))
+    return CondensedWeight.at(packed.values[entry], index, (header.out, header.in_))
 
 
 def decode(structure: Tensor) -> tuple[Header, Tensor, Tensor]:
@@ -149,9 +146,7 @@ class _Parts:
     def read(cls, structure: Tensor) -> _Parts:
         header = Header.read(structure)
 
-        def part(name: str, at: int, length: int, dtype: torch.dtype) -> Tensor:
-            return header.part(structure, name, at, length, dtype)
-
+        part = partial(header.part, structure)
         count = header.blocks * header.chunks
         segments = part("segments", header.segments_at, 2 * (count + 1), torch.int32).view(-1, 2)
         groups = int(segments[-1, 0])

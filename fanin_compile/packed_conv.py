@@ -19,12 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .condensed import CondensedWeight, index_dtype
+from .condensed import CondensedWeight
 from .errors import FormatError
 from .packed import Packed, begins
 from .structure import Numbers, expect_sound
@@ -140,11 +141,7 @@ def unpack_conv(packed: Packed, kernel: Sequence[int]) -> CondensedWeight:
             f"values has shape {tuple(packed.values.shape)}, expected one dimension of at least {h.entries}"
         )
     index, entry = parts.non_zeros()
-    counts = torch.bincount(index // max(h.fan_in, 1), minlength=h.out)
-    active = counts.nonzero().flatten()
-    columns = (index % max(h.fan_in, 1)).to(index_dtype(h.fan_in))
-    shape = (h.out, h.group_channels, *kernel)
-    return CondensedWeight.of_rows(packed.values[entry], columns, counts[active], active, shape)
+    return CondensedWeight.at(packed.values[entry], index, (h.out, h.group_channels, *kernel))
 
 
 def decode_conv(structure: Tensor) -> tuple[ConvHeader, Tensor, Tensor]:
@@ -179,10 +176,7 @@ class _Parts:
     @classmethod
     def read(cls, structure: Tensor) -> _Parts:
         h = ConvHeader.read(structure)
-
-        def part(name: str, at: int, length: int, dtype: torch.dtype) -> Tensor:
-            return h.part(structure, name, at, length, dtype)
-
+        part = partial(h.part, structure)
         return cls(
             h,
             part("rows", h.rows_at, h.out, torch.int32),

@@ -24,6 +24,7 @@ from fanin_compile.graph import (
     bind_arguments,
     kernel_refuses,
     replace_node,
+    spread,
 )
 from fanin_compile.packed_conv import MAX_TAPS
 from fanin_compile.packing_conv import pack_conv
@@ -82,15 +83,10 @@ def _arguments(node: fx.Node, dims: int) -> tuple[Any, Any, Any, list[int], Any,
     x, weight = bound["input"], bound["weight"]
     padding = bound["padding"]
     return (
-        *(x, weight, bound["bias"], _spread(bound["stride"], dims)),
-        padding if isinstance(padding, str) else _spread(padding, dims),
-        *(_spread(bound["dilation"], dims), bound["groups"]),
+        *(x, weight, bound["bias"], spread(bound["stride"], dims)),
+        padding if isinstance(padding, str) else spread(padding, dims),
+        *(spread(bound["dilation"], dims), bound["groups"]),
     )
-
-
-def _spread(value: int | list[int], dims: int) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * dims if len(numbers) == 1 else numbers
 
 
 def _numeric_padding(padding: object, kernel: tuple[int, ...], dilation: list[int]) -> list[int] | None:

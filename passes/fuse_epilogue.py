@@ -15,10 +15,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile import ops_depthwise  # noqa: F401  (it defines the operator)
 from fanin_compile.graph import (
     LAYER,
     NAME,
+    PLANAR,
     Context,
     PassResult,
     bind_arguments,
@@ -31,11 +31,7 @@ from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
 
-_STORES = (
-    torch.ops.fanin.gather_matmul.default,
-    torch.ops.fanin.gather_conv.default,
-    torch.ops.fanin.depthwise_conv.default,
-)
+_STORES = (torch.ops.fanin.gather_matmul.default, *PLANAR)
 
 
 def fuse_epilogue(gm: fx.GraphModule, ctx: Context) -> PassResult:

@@ -17,31 +17,31 @@ from typing import Any
 import torch
 from torch import fx
 
-from fanin_compile import ops_depthwise  # noqa: F401  (it defines the operator)
 from fanin_compile.graph import (
     CONVOLUTIONS,
     NAME,
+    PLANAR,
     Context,
     PassResult,
     bind_arguments,
     replace_node,
+    spread,
     tensor_meta,
     writes_between,
 )
+from fanin_compile.moves import PADS
 from fanin_compile.pointwise import activation_name, keeps_values
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
 
-_PLANAR = (torch.ops.fanin.gather_conv.default, torch.ops.fanin.depthwise_conv.default)
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _SUMS = (aten.add.Tensor, aten.add_.Tensor)
 
 
 def lower_depthwise(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
-    if not any(node.target in _PLANAR for node in gm.graph.nodes):
+    if not any(node.target in PLANAR for node in gm.graph.nodes):
         return PassResult()
     for node in list(gm.graph.nodes):
         if node.target not in CONVOLUTIONS:
@@ -56,7 +56,7 @@ def lower_depthwise(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if refusal is not None:
             skipped.append(refusal)
             continue
-        dilation = _spread(bound["dilation"], dims)
+        dilation = spread(bound["dilation"], dims)
         padding = _padding(bound["padding"], list(shape[2:]), dilation)
         folded = _folded_pad(x, node, dims)
         if folded is not None:
@@ -64,7 +64,7 @@ def lower_depthwise(gm: fx.GraphModule, ctx: Context) -> PassResult:
         new = replace_node(
             node,
             torch.ops.fanin.depthwise_conv.default,
-            (x, weight, bias, _spread(bound["stride"], dims), padding, dilation),
+            (x, weight, bias, spread(bound["stride"], dims), padding, dilation),
         )
         new.meta[NAME] = name
         detail = "planar kernel" if folded is None else f"planar kernel, padding {folded} folded"
@@ -88,7 +88,7 @@ def _refusal(name: str, node: fx.Node, x: object, weight: object, bias: object) 
 
 def _passes_on(node: fx.Node) -> bool:
     """Whether `node` leaves the memory format of a planar image as it is."""
-    return node.target in (*_PADS, *_SUMS) or activation_name(node) is not None or keeps_values(node)
+    return node.target in (*PADS, *_SUMS) or activation_name(node) is not None or keeps_values(node)
 
 
 def _comes_from_planar(x: object) -> bool:
@@ -98,7 +98,7 @@ def _comes_from_planar(x: object) -> bool:
         node = nodes.pop()
         if not isinstance(node, fx.Node) or node in seen:
             continue
-        if node.target in _PLANAR:
+        if node.target in PLANAR:
             return True
         seen.add(node)
         if _passes_on(node):
@@ -111,7 +111,7 @@ def _goes_to_planar(node: fx.Node) -> bool:
     nodes = [node]
     while nodes:
         for user in nodes.pop().users:
-            if user.target in _PLANAR:
+            if user.target in PLANAR:
                 return True
             if user not in seen and _passes_on(user):
                 nodes.append(user)
@@ -121,7 +121,7 @@ def _goes_to_planar(node: fx.Node) -> bool:
 
 def _folded_pad(pad: fx.Node, conv: fx.Node, dims: int) -> list[int] | None:
     """What `pad` adds before and behind each spatial dimension, outermost first, if the convolution can do so."""
-    if pad.target not in _PADS or list(pad.users) != [conv] or writes_between(pad, conv):
+    if pad.target not in PADS or list(pad.users) != [conv] or writes_between(pad, conv):
         return None
     bound = bind_arguments(pad)
     if bound.get("mode", "constant") != "constant" or (bound["value"] or 0) != 0:
@@ -133,11 +133,6 @@ def _folded_pad(pad: fx.Node, conv: fx.Node, dims: int) -> list[int] | None:
     return [n for d in range(dims) for n in numbers[2 * (dims - 1 - d) :][:2]]
 
 
-def _spread(value: int | list[int], dims: int) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * dims if len(numbers) == 1 else numbers
-
-
 def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[int]) -> list[int]:
     """Before and behind each dimension; "same" puts the odd one behind, as aten does."""
     if padding == "valid":
@@ -146,4 +141,4 @@ def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[i
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return [n for total in totals for n in (total // 2, total - total // 2)]
     assert not isinstance(padding, str)
-    return [n for n in _spread(padding, len(kernel)) for _ in range(2)]
+    return [n for n in spread(padding, len(kernel)) for _ in range(2)]

@@ -13,15 +13,19 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.graph import LAYER, Context, PassResult, bind_arguments, is_view, replace_node, tensor_meta
+from fanin_compile.graph import (
+    LAYER,
+    PLANAR,
+    Context,
+    PassResult,
+    bind_arguments,
+    is_view,
+    replace_node,
+    tensor_meta,
+)
 from fanin_compile.records import Rewrite
 
-_OURS = (
-    torch.ops.fanin.gather_conv.default,
-    torch.ops.fanin.gather_matmul.default,
-    torch.ops.fanin.gather_matmul_chain.default,
-    torch.ops.fanin.depthwise_conv.default,
-)
+_OURS = (torch.ops.fanin.gather_matmul.default, torch.ops.fanin.gather_matmul_chain.default, *PLANAR)
 
 
 def reuse_residuals(gm: fx.GraphModule, ctx: Context) -> PassResult:

@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from fanin_compile import ops_depthwise  # noqa: F401  (it defines the operator)
 from fanin_compile.graph import (
     CONVOLUTIONS,
     LAYER,
+    PLANAR,
     Context,
     PassResult,
     bind_arguments,
@@ -29,21 +29,19 @@ from fanin_compile.graph import (
     tensor_meta,
     writes,
 )
+from fanin_compile.moves import PADS
 from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten
 
-MOST_BYTES = (
-    8 << 20
-)  # of one tensor in a stretch: what is written and read next should stay in a last-level cache
+# of one tensor in a stretch: what is written and read next should stay in a last-level cache
+MOST_BYTES = 8 << 20
 MOST_PARTS = 16  # of a batch: each repeats the stretch's operators in the graph
-_PLANAR = (torch.ops.fanin.gather_conv.default, torch.ops.fanin.depthwise_conv.default)
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 def split_batch(gm: fx.GraphModule, ctx: Context) -> PassResult:
-    if not any(node.target in _PLANAR for node in gm.graph.nodes):
+    if not any(node.target in PLANAR for node in gm.graph.nodes):
         return PassResult()
     rewritten = [
         what for stretch in list(_stretches(gm.graph)) if (what := _split(gm.graph, stretch)) is not None
@@ -88,13 +86,13 @@ def _is_static(meta: Tensor) -> bool:
 
 def _batched(node: fx.Node) -> list[fx.Node]:
     """The arguments of `node` that hold images of the batch; none if it is not known to work on each alone."""
-    if node.target in _PLANAR or node.target in CONVOLUTIONS:
+    if node.target in PLANAR or node.target in CONVOLUTIONS:
         bound = bind_arguments(node)
         dims = CONVOLUTIONS.get(node.target) or len(bound["stride"])
         found = [node.args[0], *([bound["residual"]] if bound.get("residual") is not None else [])]
         if any(meta is None or meta.ndim != dims + 2 for meta in map(tensor_meta, found)):
             return []
-    elif node.target in _PADS:
+    elif node.target in PADS:
         meta, pads = tensor_meta(node.args[0]), node.args[1]
         assert isinstance(pads, list | tuple)
         found = [node.args[0]] if meta is not None and len(pads) < 2 * meta.ndim else []

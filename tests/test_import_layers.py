@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("packing_conv",),
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
-    ("ops_chain", "ops_conv", "ops_depthwise"),
+    ("ops_chain", "ops_conv"),
+    ("ops_depthwise",),
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "freshness", "cost", "tuning"),
     ("graph",),  # what passes share

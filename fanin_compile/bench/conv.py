@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fanin_compile.bench.cases import constant_fan_in_mask
-from fanin_compile.bench.measure import DisagreementError, geometric_mean
+from fanin_compile.bench.measure import expect_agreement, geometric_mean
 from fanin_compile.bench.output import Target
 from fanin_compile.bench.roofline import roofline
 from fanin_compile.condensed import CondensedWeight
@@ -138,11 +138,7 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
     }
     exact = F.conv2d(x[:1].double(), weight.double(), None, case.stride, padding)
     for name, run in runs.items():
-        error = float((run()[:1] - exact).abs().max() / exact.abs().max())
-        if not error < 1e-4:
-            raise DisagreementError(
-                f"{case.name}: {name} is off by {error:.1e} of the largest output, expected below 1e-4"
-            )
+        expect_agreement(f"{case.name}: {name}", run()[:1], exact)
     times = dict(zip(runs, interleaved(list(runs.values()), seconds), strict=True))
     dense = min(("contiguous", "channels_last"), key=lambda name: times[name].median)
     return ConvRow(

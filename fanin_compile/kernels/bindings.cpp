@@ -2,8 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,10 +20,6 @@ using fanin::act_of;
 using fanin::dtype_of;
 using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, std::string_view,
                          const OptTensor&);
-
-c10::TypedOperatorHandle<Signature> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // The header of a packed weight, checked as far as can be in no time: packing.py wrote what it describes.
 const fanin::Structure& structure_of(const Tensor& structure, const Tensor& values) {
@@ -134,7 +128,7 @@ struct Call {
 Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
                          int64_t out_features, std::string_view activation, const OptTensor& residual) {
   if (!dtype_of(x) || !dtype_of(values) || (bias && !dtype_of(*bias))) {
-    static const auto reference = handle("fanin::gather_matmul_reference");
+    static const auto reference = fanin::handle_of<Signature>("fanin::gather_matmul_reference");
     return reference.call(x, values, structure, bias, out_features, activation, residual);
   }
   fanin::Linear op = linear_of(x, values, structure, bias, activation);
@@ -241,17 +235,15 @@ Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure,
   return call.y;
 }
 
-bool wants(const OptTensor& t) { return t && t->requires_grad(); }
-
 // Below autograd unless a gradient is asked for; then ops.py's autograd function takes over.
 Tensor gather_matmul_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& structure,
                               const OptTensor& bias, int64_t out_features, std::string_view activation,
                               const OptTensor& residual) {
-  if (at::GradMode::is_enabled() && (x.requires_grad() || values.requires_grad() || wants(bias) || wants(residual))) {
-    static const auto with_grad = handle("fanin::gather_matmul_with_grad");
+  if (fanin::wants_grad(x, values, bias, residual)) {
+    static const auto with_grad = fanin::handle_of<Signature>("fanin::gather_matmul_with_grad");
     return with_grad.call(x, values, structure, bias, out_features, activation, residual);
   }
-  static const auto op = handle("fanin::gather_matmul");
+  static const auto op = fanin::handle_of<Signature>("fanin::gather_matmul");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, out_features, activation, residual);
 }
@@ -260,18 +252,12 @@ Tensor chain_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& v
                       const OptTensor& bias, std::string_view activation, bool gated, const Tensor& values2,
                       const Tensor& structure2, const OptTensor& bias2, int64_t hidden_features, int64_t out_features,
                       std::string_view activation2, const OptTensor& residual) {
-  const bool wanted = at::GradMode::is_enabled() &&
-                      (x.requires_grad() || values.requires_grad() || wants(bias) || values2.requires_grad() ||
-                       wants(bias2) || wants(residual));
-  const auto find = [](const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<decltype(chain_cpu)>();
-  };
-  if (wanted) {
-    static const auto reference = find("fanin::gather_matmul_chain_reference");
+  if (fanin::wants_grad(x, values, bias, values2, bias2, residual)) {
+    static const auto reference = fanin::handle_of<decltype(chain_cpu)>("fanin::gather_matmul_chain_reference");
     return reference.call(x, values, structure, bias, activation, gated, values2, structure2, bias2, hidden_features,
                           out_features, activation2, residual);
   }
-  static const auto op = find("fanin::gather_matmul_chain");
+  static const auto op = fanin::handle_of<decltype(chain_cpu)>("fanin::gather_matmul_chain");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, activation, gated, values2, structure2,
                        bias2, hidden_features, out_features, activation2, residual);

@@ -52,6 +52,7 @@ struct Layout {
   int64_t span;                 // largest tap
   std::vector<Tile> tiles;
   std::vector<int64_t> unit;    // [units + 1] first tile of each unit: tiles packed together
+  int64_t unit_tiles;           // of the largest
   int64_t plane, channel;       // floats of one phase, and of one channel; pointwise: of one channel in one tile
   int64_t chunk;                // the weight's
   int together;                 // runs of a visit: 1, or kTogether in narrow tiles

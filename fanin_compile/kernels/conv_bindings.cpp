@@ -2,8 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/unsqueeze.h>
 #include <torch/library.h>
 
@@ -23,14 +21,11 @@ namespace conv = fanin::conv;
 using at::IntArrayRef;
 using at::Tensor;
 using fanin::OptTensor;
+using fanin::format_of;
 using fanin::act_of;
 using fanin::dtype_of;
 using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, IntArrayRef, IntArrayRef, IntArrayRef,
                          IntArrayRef, int64_t, std::string_view, const OptTensor&);
-
-c10::TypedOperatorHandle<Signature> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 conv::Geometries& geometries() {
   static auto* kept = new conv::Geometries;    // never destroyed: threads may outlive static destructors
@@ -88,11 +83,6 @@ conv::Shape shape_of(const Tensor& x, IntArrayRef weight, IntArrayRef stride, In
     s.out[d] = room / s.stride[d] + 1;
   }
   return s;
-}
-
-at::MemoryFormat format_of(const Tensor& x) {
-  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
-  return x.suggest_memory_format();
 }
 
 // What depends on the threads alone: parts into which the rows are cut, so that all of them have work. Packing x is repeated
@@ -183,7 +173,7 @@ Tensor gather_conv_cpu(const Tensor& x, const Tensor& values, const Tensor& stru
   const Tensor y =
       compute(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual, {});
   if (y.defined()) return y;
-  static const auto reference = handle("fanin::gather_conv_reference");
+  static const auto reference = fanin::handle_of<Signature>("fanin::gather_conv_reference");
   return reference.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
 }
 
@@ -192,7 +182,7 @@ void gather_conv_in_place_cpu(const Tensor& x, const Tensor& values, const Tenso
                               int64_t groups, std::string_view activation, const Tensor& residual) {
   Tensor y =
       compute(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual, residual);
-  static const auto reference = handle("fanin::gather_conv_reference");
+  static const auto reference = fanin::handle_of<Signature>("fanin::gather_conv_reference");
   if (!y.defined())
     y = reference.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
   if (y.const_data_ptr() != residual.const_data_ptr()) residual.copy_(y);
@@ -202,12 +192,11 @@ void gather_conv_in_place_cpu(const Tensor& x, const Tensor& values, const Tenso
 Tensor gather_conv_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& structure,
                             const OptTensor& bias, IntArrayRef weight_shape, IntArrayRef stride, IntArrayRef padding,
                             IntArrayRef dilation, int64_t groups, std::string_view activation, const OptTensor& residual) {
-  const auto wants = [](const OptTensor& t) { return t && t->requires_grad(); };
-  if (at::GradMode::is_enabled() && (x.requires_grad() || values.requires_grad() || wants(bias) || wants(residual))) {
-    static const auto with_grad = handle("fanin::gather_conv_with_grad");
+  if (fanin::wants_grad(x, values, bias, residual)) {
+    static const auto with_grad = fanin::handle_of<Signature>("fanin::gather_conv_with_grad");
     return with_grad.call(x, values, structure, bias, weight_shape, stride, padding, dilation, groups, activation, residual);
   }
-  static const auto op = handle("fanin::gather_conv");
+  static const auto op = fanin::handle_of<Signature>("fanin::gather_conv");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, weight_shape, stride, padding, dilation,
                        groups, activation, residual);

@@ -82,6 +82,7 @@ void cut_units(Layout& l, int64_t across, const F& packed) {
   while (most < rows && packed((most + 1) * across) <= kUnitBytes) ++most;
   const int64_t units = ceil_div(rows, most);
   for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * rows / units * across);
+  l.unit_tiles = ceil_div(rows, units) * across;
 }
 
 bool make_spatial(const Structure& w, const Shape& s, Layout& l) {

@@ -290,9 +290,7 @@ void pack_pixels(const Op& op, int64_t image, int64_t unit, float* planes) {
 int64_t pack_floats(const Geometry& geometry) {
   const Layout& l = geometry.layout;
   const int64_t channels = l.packed_channels(geometry.shape);
-  int64_t tiles = 0;
-  for (int64_t u = 0; u < l.units(); ++u) tiles = std::max(tiles, l.unit[u + 1] - l.unit[u]);
-  if (l.pointwise) return channels * l.channel * tiles;
+  if (l.pointwise) return channels * l.channel * l.unit_tiles;
   return channels * l.channel + std::max(width_of(geometry) + kLanes * stored_of(geometry), channels);
 }
 

@@ -2,8 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/unsqueeze.h>
 #include <torch/library.h>
 
@@ -19,12 +17,9 @@ namespace depthwise = fanin::depthwise;
 using at::IntArrayRef;
 using at::Tensor;
 using fanin::OptTensor;
+using fanin::format_of;
 using Signature = Tensor(const Tensor&, const Tensor&, const OptTensor&, IntArrayRef, IntArrayRef, IntArrayRef,
                          std::string_view, const OptTensor&);
-
-c10::TypedOperatorHandle<Signature> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 depthwise::Shape shape_of(const Tensor& x, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
                           IntArrayRef dilation) {
@@ -59,11 +54,6 @@ depthwise::Shape shape_of(const Tensor& x, const Tensor& weight, IntArrayRef str
   return s;
 }
 
-at::MemoryFormat format_of(const Tensor& x) {
-  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
-  return x.suggest_memory_format();
-}
-
 Tensor run(const Tensor& x, const Tensor& weight, const OptTensor& bias, const depthwise::Shape& shape, IntArrayRef sizes,
            std::string_view activation, const OptTensor& residual) {
   const at::MemoryFormat wanted = format_of(x);
@@ -94,7 +84,7 @@ Tensor depthwise_conv_cpu(const Tensor& x, const Tensor& weight, const OptTensor
                           const OptTensor& residual) {
   const auto fp32 = [](const OptTensor& t) { return !t || t->scalar_type() == at::kFloat; };
   if (!fp32(x) || !fp32(weight) || !fp32(bias) || !fp32(residual)) {
-    static const auto reference = handle("fanin::depthwise_conv_reference");
+    static const auto reference = fanin::handle_of<Signature>("fanin::depthwise_conv_reference");
     return reference.call(x, weight, bias, stride, padding, dilation, activation, residual);
   }
   const bool unbatched = x.dim() + 1 == weight.dim();
@@ -115,12 +105,11 @@ Tensor depthwise_conv_cpu(const Tensor& x, const Tensor& weight, const OptTensor
 Tensor depthwise_conv_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                                IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, std::string_view activation,
                                const OptTensor& residual) {
-  const auto wants = [](const OptTensor& t) { return t && t->requires_grad(); };
-  if (at::GradMode::is_enabled() && (wants(x) || wants(weight) || wants(bias) || wants(residual))) {
-    static const auto with_grad = handle("fanin::depthwise_conv_with_grad");
+  if (fanin::wants_grad(x, weight, bias, residual)) {
+    static const auto with_grad = fanin::handle_of<Signature>("fanin::depthwise_conv_with_grad");
     return with_grad.call(x, weight, bias, stride, padding, dilation, activation, residual);
   }
-  static const auto op = handle("fanin::depthwise_conv");
+  static const auto op = fanin::handle_of<Signature>("fanin::depthwise_conv");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_autograd_keyset, x, weight, bias, stride, padding, dilation, activation, residual);
 }

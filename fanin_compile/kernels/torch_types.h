@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 
 #include <optional>
 #include <string_view>
@@ -12,6 +14,23 @@
 namespace fanin {
 
 using OptTensor = std::optional<at::Tensor>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> handle_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline bool requires_grad(const at::Tensor& t) { return t.requires_grad(); }
+inline bool requires_grad(const OptTensor& t) { return t && t->requires_grad(); }
+
+// Whether autograd has work with any of these tensors.
+template <class... T>
+bool wants_grad(const T&... tensors) { return at::GradMode::is_enabled() && (requires_grad(tensors) || ...); }
+
+// channels_last only where x is not contiguous as well
+inline at::MemoryFormat format_of(const at::Tensor& x) {
+  return x.is_contiguous() ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
+}
 
 inline std::optional<DType> dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {

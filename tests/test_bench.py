@@ -50,7 +50,9 @@ def test_layers_alone_stand_beside_the_whole(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "layers alone" in result.output
     assert "1 thread, batch 1: 8 layers alone (us: fanin " in result.output
+    assert "1 thread, batch 1: condensed graph " in result.output
     (row,) = json.loads(file.read_text())["rows"]
+    assert set(row["times_us"]) == {"fanin", "condensed module", "condensed graph", "eager"}
     alone = row["layers_alone"]
     assert set(alone["times_us"]) == {"fanin", "condensed module", "eager"}
     assert alone["dense"] == "eager"

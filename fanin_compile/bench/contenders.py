@@ -1,4 +1,4 @@
-"""Who runs in a benchmark: ours through both doors, dense torch in its best forms, sparse peers where installed.
+"""Who runs in a benchmark: ours through all doors, dense torch in its best forms, sparse peers where installed.
 
 A contender makes a callable of (model, input) or returns None where it cannot take part. All hold the same weights.
 """
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fanin_compile import mask
 from fanin_compile.bench.onemkl import onemkl
@@ -31,6 +31,14 @@ def fanin(model: nn.Module, x: Tensor) -> Run:
 def condensed(model: nn.Module, x: Tensor) -> Run:
     swapped = condense(model)
     return lambda: swapped(x)
+
+
+def condensed_graph(model: nn.Module, x: Tensor) -> Run | None:
+    """The whole model condensed by way of torch.export, run eagerly: no Dynamo around a call, no inductor in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own copying of a graph
+        swapped = condense(model, example_inputs=(x,))
+    return (lambda: swapped(x)) if isinstance(swapped, fx.GraphModule) else None
 
 
 def eager(model: nn.Module, x: Tensor) -> Run:
@@ -117,6 +125,7 @@ def openvino(model: nn.Module, x: Tensor) -> Run | None:
 CONTENDERS: dict[str, Contender] = {
     "fanin": fanin,
     "condensed module": condensed,
+    "condensed graph": condensed_graph,
     "eager": eager,
     "inductor": inductor,
     "inductor max-autotune, frozen": inductor_frozen,

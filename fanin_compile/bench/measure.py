@@ -52,6 +52,10 @@ class Row:
     def ratio(self) -> float:
         return _ratio(self.times)
 
+    def ratio_of(self, name: str) -> float:
+        """Of the fastest dense contender's time to that of `name`."""
+        return _ratio(self.times, name)
+
     @property
     def ratio_alone(self) -> float | None:
         return None if self.alone is None else _ratio(self.alone)
@@ -87,8 +91,8 @@ def _fastest_dense(times: Mapping[str, Timing]) -> str:
     return min((name for name in times if name in DENSE), key=lambda name: times[name].median)
 
 
-def _ratio(times: Mapping[str, Timing]) -> float:
-    return times[_fastest_dense(times)].median / times["fanin"].median
+def _ratio(times: Mapping[str, Timing], name: str = "fanin") -> float:
+    return times[_fastest_dense(times)].median / times[name].median
 
 
 def _alone(times: Mapping[str, Timing]) -> dict[str, Any]:

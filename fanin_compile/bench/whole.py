@@ -52,6 +52,7 @@ def bench_model(
     if quick:
         batches, seconds = batches[:1], min(seconds, 0.05)
     contenders = QUICK if quick else ("fanin", "condensed module", *DENSE)
+    whole = (*contenders, "condensed graph")
     rows: list[Row] = []
     notes: list[str] = []
     for count in threads:
@@ -66,7 +67,7 @@ def bench_model(
                 name=name if not ablate else f"{name}, {ablate:.0%} ablated",
                 sparsity=sparsity,
                 threads_used=count,
-                contenders=contenders,
+                contenders=whole,
                 seconds=seconds,
                 nnz_macs=_useful_macs(model, x),
                 target=None if quick or sparsity != 0.9 else TARGETS.get(name, {}).get(batch),
@@ -75,6 +76,9 @@ def bench_model(
             times = time_alone(alone, inputs, threads_used=count, contenders=contenders, seconds=seconds)
             rows.append(replace(row, alone=times))
             where = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+            if "condensed graph" in row.times:
+                ratio = row.ratio_of("condensed graph")
+                notes.append(f"{where}: condensed graph {ratio:.2f} times as fast as the best dense")
             took = ", ".join(f"{name} {timing.us:.0f}" for name, timing in times.items())
             notes.append(f"{where}: {len(inputs)} layers alone (us: {took})")
             notes.append(f"{where}: {_resident(model, x, count)}")

@@ -18,8 +18,8 @@ from .structure import capacity, write
 BLOCK_ROWS = (
     256  # their sums in 14 vectors: 112 KiB of L2, and blocks for every thread where images are small
 )
-_VECTOR = 32  # bytes; a chunk is x of one tile in half a KiB less than L1
-_CHUNK_BYTES = 30 << 10
+_VECTOR = 32  # bytes; a chunk is x of one tile in slightly more than L1: longer runs are worth some misses
+_CHUNK_BYTES = 36 << 10
 _NARROW_BYTES = 24 << 10  # where runs go side by side
 _WIDE, _NARROW = 14, 3  # vectors of a tile
 _SHORT_ROW = 12  # non-zeros of a row, on average, below which runs side by side do not pay

@@ -7,10 +7,7 @@
 
 namespace fanin {
 
-FANIN_INLINE vf clamp(vf x, float low, float high) {         // a NaN stays a NaN
-  x = select<kLanes>(x < low, splat(low), x);
-  return select<kLanes>(x > high, splat(high), x);
-}
+FANIN_INLINE vf clamp(vf x, float low, float high) { return at_most(at_least(x, splat(low)), splat(high)); }
 
 // exp(x) = 2^n exp(r), |r| <= ln2 / 2: Cody-Waite reduction, polynomial of Cephes expf. Saturates at 2^-126 and 2^127.
 FANIN_INLINE vf exp(vf x) {
@@ -67,7 +64,7 @@ FANIN_INLINE vf erf(vf x) {
 
 template <Act A>
 FANIN_INLINE vf activate(vf x) {
-  if constexpr (A == Act::relu) return select<kLanes>(x < 0.0f, splat(0.0f), x);
+  if constexpr (A == Act::relu) return at_least(x, splat(0.0f));
   if constexpr (A == Act::relu6) return clamp(x, 0.0f, 6.0f);
   if constexpr (A == Act::gelu) return 0.5f * x * (1.0f + erf(x * 0.70710678f));
   if constexpr (A == Act::gelu_tanh)                          // 0.5 (1 + tanh u) = sigmoid(2 u)

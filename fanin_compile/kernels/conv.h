@@ -36,6 +36,18 @@ struct Tile {
   int parts, vectors;
 };
 
+// How x of a unit gets into the lanes. A row: kLanes rows of pixels, one for each lane, in one phase of z and y.
+struct Weave {
+  struct Row {
+    int64_t kind;               // of its columns, see Layout::column_out
+    int64_t out;                // floats to its first vector
+    std::array<int64_t, kMaxLanes> at;          // elements of channel 0 to the first column of each lane
+    int64_t least, most;        // elements that it reads, padding and lanes that are zeros included: [least, most)
+  };
+  std::vector<Row> rows;
+  std::vector<int64_t> lines;   // an element of each cache line of channel 0
+};
+
 // Where the pixels stand. Spatial layers: the lanes of a vector are one pixel each of kLanes blocks of equal size, into
 // which a group of images is cut, and a block has its own halo. All blocks, and the input pixels of every phase, share the
 // numbering (z * rows + y) * pitch + x, so that a tap is a constant number of vectors away and every load is aligned.
@@ -54,6 +66,10 @@ struct Layout {
   std::vector<int64_t> unit;    // [units + 1] first tile of each unit: tiles packed together
   int64_t unit_tiles;           // of the largest
   int64_t plane, channel;       // floats of one phase, and of one channel; pointwise: of one channel in one tile
+  std::vector<Weave> weaves;    // [units], spatial layers only, as all of these:
+  int64_t columns;              // of a row that are read: whole pieces
+  std::vector<int32_t> column_out;              // [kinds][columns] floats from Row::out to a column's vector, or -1: no tap asks for it
+  std::vector<int32_t> column_inside;           // [kinds][columns][kLanes] all ones, or zero where a lane is padding
   int64_t chunk;                // the weight's
   int together;                 // runs of a visit: 1, or kTogether in narrow tiles
 
@@ -138,6 +154,11 @@ void run_dead(const Op& op, int64_t image);
 
 // ---- parts -----------------------------------------------------------------------------------------------------------
 
+inline constexpr int64_t kLine = 64 / sizeof(float);          // floats of a cache line
+inline constexpr int64_t kChannelsAhead = 3;                  // channels lie far apart: their pixels are requested early
+// Spatial layers: Layout's tables for it, and the packing itself.
+void make_weaves(const Shape& shape, Layout& layout);
+void weave(const Op& op, int64_t image, int64_t unit, float* planes);
 // x of a unit's tiles. Spatial: [in_channels][Layout::channel], from the first position of the unit's first row.
 // Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
 void pack(const Op& op, int64_t image, int64_t unit, float* planes);

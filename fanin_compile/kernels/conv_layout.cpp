@@ -9,7 +9,6 @@ namespace fanin::conv {
 namespace {
 
 constexpr int64_t kUnitBytes = 320 << 10;       // x packed at a time: with the sums of a block it stays in L2
-constexpr int64_t kLine = 64 / sizeof(float);
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -138,6 +137,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
   if (l.channel / kLine % 2 == 0) l.channel += kLine;
   if (l.chunk * l.channel > int64_t{UINT32_MAX} / static_cast<int64_t>(sizeof(float))) return false;
   for (size_t t = 0; t < taps.size(); ++t) l.taps.push_back(static_cast<uint32_t>(phase_of[t] * l.plane / kLanes + taps[t]));
+  make_weaves(s, l);
   return true;
 }
 

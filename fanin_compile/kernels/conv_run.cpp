@@ -180,13 +180,11 @@ bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
     for (int64_t i = 0; i < l.images; ++i)
       for (int64_t down = 0; down < l.blocks[1]; ++down)
         for (int64_t across = 0; across < l.blocks[2]; ++across, ++lane)
-          for (int part = 0; part < tile.parts; ++part)
-            for (int t = 0; t < tile.vectors; ++t) {
-              const int64_t y = l.start(s, 1, down) + tile.y + part, x = l.start(s, 2, across) + tile.x + t;
-              const int64_t pixel = (tile.z * s.out[1] + y) * s.out[2] + x;
-              places.at[part * tile.vectors + t][lane] =
-                  i < images ? begin + i * s.out_channels * pixels + pixel * step : -1;
-            }
+          for (int part = 0; part < tile.parts; ++part) {
+            const int64_t y = l.start(s, 1, down) + tile.y + part, x = l.start(s, 2, across) + tile.x;
+            const int64_t pixel = (tile.z * s.out[1] + y) * s.out[2] + x, at = begin + i * s.out_channels * pixels + pixel * step;
+            for (int t = 0; t < tile.vectors; ++t) places.at[part * tile.vectors + t][lane] = i < images ? at + t * step : -1;
+          }
     return false;
   }
   bool straight = true;

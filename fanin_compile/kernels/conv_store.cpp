@@ -68,64 +68,28 @@ void pixels(const Op& op, const Tile& tile, const Places& places, const Output<X
   }
 }
 
-// kPiece neighbours of each lane's block, from vector t on.
-struct Pieces {
-  int t, count;
-  bool all;                     // in all lanes there are kPiece of them
-};
-
-std::vector<Pieces> pieces_of(const Tile& tile, const Places& places) {
-  std::vector<Pieces> pieces;
-  for (int part = 0; part < tile.parts; ++part)
-    for (int i = 0; i < tile.vectors; i += kPiece) {
-      if (tile.vectors >= kPiece) i = std::min(i, tile.vectors - kPiece);   // the last ones may be stored twice
-      Pieces p{part * tile.vectors + i, std::min(kPiece, tile.vectors - i), tile.vectors >= kPiece};
-      for (int lane = 0; lane < kLanes; ++lane)
-        p.all = p.all && places.at[p.t][lane] >= 0 && places.at[p.t + p.count - 1][lane] >= 0;
-      pieces.push_back(p);
-    }
-  return pieces;
-}
-
 // One place in each cache line of y that a tile touches.
 template <class X>
 std::vector<int64_t> lines_of(const Tile& tile, const Places& places) {
-  constexpr int64_t kLine = 64 / sizeof(X);
+  constexpr int64_t kElements = 64 / sizeof(X);
   std::vector<int64_t> lines;
   for (int t = 0; t < tile.parts * tile.vectors; t += tile.vectors)
     for (int lane = 0; lane < kLanes; ++lane)
-      for (int64_t i = 0, at = places.at[t][lane]; i < tile.vectors; i += kLine)
-        if (at >= 0 && (lines.empty() || at + i >= lines.back() + kLine || at + i < lines.back())) lines.push_back(at + i);
+      for (int64_t i = 0, at = places.at[t][lane]; i < tile.vectors; i += kElements)
+        if (at >= 0 && (lines.empty() || at + i >= lines.back() + kElements || at + i < lines.back())) lines.push_back(at + i);
   return lines;
 }
 
-// Adds residuals, if there are any, and activates.
-template <Act A, class X>
-FANIN_INLINE void finish_pieces(const Output<X>& to, const Pieces& p, const Places& places, int64_t base, vf (&v)[kPiece]) {
+// kPiece neighbours of each lane's block, v, to y, lane's first one at[lane] elements away.
+template <Act A, class X, int... B>
+FANIN_INLINE void put_pieces(X* y, const X* residual, const int64_t* at, vf (&v)[kPiece], std::integer_sequence<int, B...>) {
+  transpose_pieces(v);                          // piece b of v[j]: neighbours of lane b * kPiece + j
+#pragma GCC unroll 4
   for (int j = 0; j < kPiece; ++j) {
-    if (to.residual)
-      v[j] += gather_pieces<kLanes>(0, [&](int b) {
-        const int lane = b * kPiece + j;
-        if (p.all) return widen<kPiece>(to.residual + base + places.at[p.t][lane]);
-        vp piece{};
-        for (int i = 0; i < p.count; ++i)
-          if (const int64_t at = places.at[p.t + i][lane]; at >= 0) piece[i] = widen1(to.residual + base + at);
-        return piece;
-      });
+    if (residual)
+      v[j] += gather_pieces<kLanes>(0, [&](int b) __attribute__((always_inline)) { return widen<kPiece>(residual + at[b * kPiece + j]); });
     v[j] = activate<A>(v[j]);
-  }
-}
-
-template <int B, class X>
-FANIN_INLINE void put_pieces(X* y, const Pieces& p, const Places& places, const vf (&v)[kPiece]) {
-  for (int j = 0; j < kPiece; ++j) {
-    const int lane = B * kPiece + j;
-    if (p.all) {
-      narrow<kPiece>(y + places.at[p.t][lane], piece<B>(v[j]));
-    } else {
-      for (int i = 0; i < p.count; ++i)
-        if (const int64_t at = places.at[p.t + i][lane]; at >= 0) narrow1(y + at, v[j][B * kPiece + i]);
-    }
+    (narrow<kPiece>(y + at[B * kPiece + j], piece<B>(v[j])), ...);
   }
 }
 
@@ -133,23 +97,34 @@ FANIN_INLINE void put_pieces(X* y, const Pieces& p, const Places& places, const 
 template <Act A, class X>
 void blocks(const Op& op, const Tile& tile, const Places& places, const Output<X>& to, const float* sums, int64_t first,
             int64_t last) {
-  const std::vector<Pieces> pieces = pieces_of(tile, places);
+  using Pieces = std::make_integer_sequence<int, kLanes / kPiece>;
   const std::vector<int64_t> lines = lines_of<X>(tile, places);
-  for (int64_t r = first; r < last; ++r, sums += tile.parts * tile.vectors * kLanes) {
+  bool whole = tile.vectors >= kPiece;
+  for (int lane = 0; lane < kLanes; ++lane) whole = whole && places.at[0][lane] >= 0;
+  for (int64_t r = first; r < last; ++r) {
     const int64_t channel = op.weight->rows()[r], base = channel * places.channel;
     const int64_t ahead = op.weight->rows()[std::min(r + kRowsAhead, last - 1)] * places.channel;
     for (const int64_t line : lines) to.prefetch(ahead + line);
     const vf bias = splat(bias_at(op, channel));
-    for (const Pieces& p : pieces) {
-      vf v[kPiece];                                           // piece b of v[j]: neighbours of lane b * kPiece + j
-      for (int j = 0; j < kPiece; ++j) v[j] = load_raw<vf>(sums + (p.t + std::min(j, p.count - 1)) * kLanes) + bias;
-      transpose_pieces(v);
-      const auto put = [&]<int... B>(const Pieces& known, std::integer_sequence<int, B...>) __attribute__((always_inline)) {
-        finish_pieces<A>(to, known, places, base, v);
-        (put_pieces<B>(to.y + base, known, places, v), ...);
-      };
-      if (p.all) put({p.t, kPiece, true}, std::make_integer_sequence<int, kLanes / kPiece>{});
-      else put({p.t, p.count, false}, std::make_integer_sequence<int, kLanes / kPiece>{});
+    X* y = to.y + base;
+    const X* residual = to.of(base);
+    for (int part = 0; part < tile.parts; ++part, sums += tile.vectors * kLanes) {
+      const auto& at = places.at[part * tile.vectors];
+      if (whole) {
+        for (int i = 0; i < tile.vectors; i += kPiece) {
+          i = std::min(i, tile.vectors - kPiece);             // the last ones may be stored twice
+          vf v[kPiece];
+#pragma GCC unroll 4
+          for (int j = 0; j < kPiece; ++j) v[j] = load_raw<vf>(sums + (i + j) * kLanes) + bias;
+          put_pieces<A>(y + i, residual ? residual + i : nullptr, at, v, Pieces{});
+        }
+      } else {
+        for (int i = 0; i < tile.vectors; ++i) {
+          const vf v = load_raw<vf>(sums + i * kLanes) + bias;
+          for (int lane = 0; lane < kLanes; ++lane)
+            if (at[lane] >= 0) put_some<A>(y + at[lane] + i, residual ? residual + at[lane] + i : nullptr, splat(v[lane]), 1);
+        }
+      }
     }
   }
 }

@@ -67,6 +67,26 @@ FANIN_INLINE Vec<float, N> keep(Vec<int32_t, N> mask, Vec<float, N> a) {
   return (Vec<float, N>)((Vec<int32_t, N>)a & mask);       // a bit mask, not a product: a NaN in a dropped lane stays out
 }
 
+// Bounds which let a NaN through, as the x86 instructions do when it is their second operand.
+FANIN_INLINE vf at_least(vf x, vf low) {
+#if FANIN_VEC_BYTES == 64 && defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)low, (__m512)x);
+#elif FANIN_VEC_BYTES == 32 && defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return select<kLanes>(x < low, low, x);
+#endif
+}
+FANIN_INLINE vf at_most(vf x, vf high) {
+#if FANIN_VEC_BYTES == 64 && defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)high, (__m512)x);
+#elif FANIN_VEC_BYTES == 32 && defined(__AVX__)
+  return (vf)_mm256_min_ps((__m256)high, (__m256)x);
+#else
+  return select<kLanes>(x > high, high, x);
+#endif
+}
+
 // ---- half precision: generic over N, the F16C instruction where the CPU has it ----------------------------------------
 
 template <int N>
@@ -191,7 +211,13 @@ FANIN_INLINE vf repeat4(const float* p) {                     // one instruction
 #endif
 
 template <int B>
-FANIN_INLINE vp piece(vf v) { return detail::piece<B>(v, detail::seq<kPiece>{}); }
+FANIN_INLINE vp piece(vf v) {
+#if FANIN_VEC_BYTES == 32 && defined(__AVX__)                 // the compiler permutes the whole vector first
+  return (vp)_mm256_extractf128_ps((__m256)v, B);
+#else
+  return detail::piece<B>(v, detail::seq<kPiece>{});
+#endif
+}
 
 // piece b of the result comes from get(b)
 template <int M, class Get>

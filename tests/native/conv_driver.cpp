@@ -14,6 +14,7 @@
 #include "conv_pack.cpp"
 #include "conv_run.cpp"
 #include "conv_store.cpp"
+#include "conv_weave.cpp"
 
 using namespace fanin;
 namespace conv = fanin::conv;

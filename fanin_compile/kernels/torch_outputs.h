@@ -16,7 +16,8 @@
 
 namespace fanin {
 
-// Freed blocks. Together with those in use they never take more bytes than were asked for at one time.
+// Freed blocks. Together with those in use they never take more than half as many bytes again as were asked for at one time:
+// a block may serve a smaller output, and the next large one should still find its own.
 class OutputBlocks final : public c10::Allocator {
  public:
   static constexpr size_t kLeast = 1 << 20;     // bytes of a block that is kept
@@ -70,7 +71,8 @@ class OutputBlocks final : public c10::Allocator {
     const std::lock_guard lock(mutex_);
     used_ -= block->bytes, asked_ -= block->asked, free_bytes_ += block->bytes;
     free_.push_back(block);
-    drop_until(most_asked_ - std::min(used_, most_asked_));
+    const size_t most = most_asked_ + most_asked_ / 2;
+    drop_until(most - std::min(used_, most));
   }
   void drop_until(size_t bytes) {               // the longest unused go first
     auto last = free_.begin();

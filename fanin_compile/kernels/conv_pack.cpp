@@ -8,46 +8,71 @@
 namespace fanin::conv {
 namespace {
 
-// A vector of pixels of channel 0: where they stand, in elements, and where they go.
+// Vectors of pixels of channel 0, from element `at` on: consecutive ones, or a single vector of every second one.
+struct Straight {
+  int64_t at, vectors;
+  float* out;
+};
+// Others, lane by lane.
 struct Pixels {
   int64_t at[kLanes];           // beyond the last image: 0
   float* out;
 };
-struct Straight {
-  int64_t at;
-  float* out;
-};
 
-// Vectors of a unit: those of consecutive elements, of every second one, and others.
 struct Gathered {
   std::vector<Straight> straight, second;
   std::vector<Pixels> others;
 };
 
+// Of the outputs of a group of images, one after the other.
+struct Walk {
+  const Shape& s;
+  int64_t step;                 // elements from a pixel to the next
+  int64_t i, z, y, x;           // image, and output
+
+  Walk(const Shape& shape, int64_t step, int64_t output) : s(shape), step(step) {
+    x = output % s.out[2], y = output / s.out[2] % s.out[1];
+    z = output / (s.out[2] * s.out[1]) % s.out[0], i = output / s.pixels_out();
+  }
+  int64_t at() const {
+    const int64_t pixel = (z * s.stride[0] * s.in[1] + y * s.stride[1]) * s.in[2] + x * s.stride[2];
+    return i * s.in_channels * s.pixels_in() + pixel * step;
+  }
+  void advance(int64_t by) {    // inside a row, or to the next one
+    if ((x += by) < s.out[2]) return;
+    x = 0;
+    if (++y == s.out[1] && (y = 0, ++z == s.out[0])) z = 0, ++i;
+  }
+};
+
 Gathered pixels_of(const Op& op, int64_t image, int64_t unit, float* planes) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
-  const int64_t pixels = s.pixels_in(), outputs = s.pixels_out(), images = std::min(l.images, op.batch - image);
-  const int64_t step = op.channels_last ? s.in_channels : 1;
-  const int64_t first = l.tiles[l.unit[unit]].x * kLanes;
+  const int64_t images = std::min(l.images, op.batch - image);
   Gathered g;
-  int64_t i = first / outputs, output = first % outputs;
-  for (int64_t tile = l.unit[unit]; tile < l.unit[unit + 1]; ++tile)
-    for (int64_t t = 0; t < l.tiles[tile].vectors; ++t) {
-      Pixels p{{}, planes + (tile - l.unit[unit]) * l.packed_channels(s) * l.channel + t * kLanes};
-      bool consecutive = !op.channels_last, second = consecutive;
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t z = output / (s.out[1] * s.out[2]), y = output / s.out[2] % s.out[1], x = output % s.out[2];
-        const int64_t pixel = (z * s.stride[0] * s.in[1] + y * s.stride[1]) * s.in[2] + x * s.stride[2];
-        if (i < images) p.at[lane] = i * s.in_channels * pixels + pixel * step;
-        consecutive = consecutive && i < images && p.at[lane] == p.at[0] + lane;
-        second = second && i < images && p.at[lane] == p.at[0] + 2 * lane;
-        if (++output == outputs) output = 0, ++i;
+  Walk walk(s, op.channels_last ? s.in_channels : 1, l.tiles[l.unit[unit]].x * kLanes);
+  for (int64_t tile = l.unit[unit]; tile < l.unit[unit + 1]; ++tile) {
+    float* out = planes + (tile - l.unit[unit]) * l.packed_channels(s) * l.channel;
+    bool follows = false;       // on the last straight ones
+    for (int64_t t = 0; t < l.tiles[tile].vectors; ++t, out += kLanes) {
+      const bool in_row = !op.channels_last && walk.i < images && walk.x + kLanes <= s.out[2];
+      if (in_row && s.stride[2] == 1) {
+        if (follows && g.straight.back().at + g.straight.back().vectors * kLanes == walk.at()) ++g.straight.back().vectors;
+        else g.straight.push_back({walk.at(), 1, out});
+        follows = true;
+        walk.advance(kLanes);
+      } else if (in_row && s.stride[2] == 2) {
+        g.second.push_back({walk.at(), 1, out});
+        walk.advance(kLanes);
+      } else {
+        Pixels p{{}, out};
+        for (int64_t lane = 0; lane < kLanes; ++lane, walk.advance(1))
+          if (walk.i < images) p.at[lane] = walk.at();
+        g.others.push_back(p);
+        follows = false;
       }
-      if (consecutive) g.straight.push_back({p.at[0], p.out});
-      else if (second) g.second.push_back({p.at[0], p.out});
-      else g.others.push_back(p);
     }
+  }
   return g;
 }
 
@@ -83,8 +108,11 @@ void pack_pixels(const Op& op, int64_t image, int64_t unit, float* planes) {
   for (int64_t c = 0; c < channels; ++c) {
     const X* from = x + c * pixels;
     const int64_t to = at(c), ahead = std::min(kChannelsAhead, channels - 1 - c) * pixels;
-    for (size_t i = 0; i < straight.size(); i += 64 / (kLanes * sizeof(X))) __builtin_prefetch(from + ahead + straight[i].at);
-    for (const Straight& p : straight) store_raw(p.out + to, widen<kLanes>(from + p.at));
+    for (const Straight& p : straight)
+      for (int64_t i = 0; i < p.vectors * kLanes; i += kLanes) {
+        if (i * sizeof(X) % 64 == 0) __builtin_prefetch(from + ahead + p.at + i);
+        store_raw(p.out + to + i, widen<kLanes>(from + p.at + i));
+      }
     for (const Straight& p : second) {
       __builtin_prefetch(from + ahead + p.at);
       const bool inside = c * pixels + p.at + 2 * kLanes <= elements;

@@ -21,7 +21,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import Argument, map_arg
 
-from fanin_compile import ops_conv, ops_depthwise  # noqa: F401  (they define the operators named below)
+from fanin_compile import ops_conv, ops_depthwise, ops_pool  # noqa: F401  (they define the operators named below)
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import RewriteError
 from fanin_compile.packed import Packed
@@ -37,8 +37,12 @@ CONVOLUTIONS = {
     for dims in (1, 2, 3)
 }
 
-# ours, which keep images planar
-PLANAR = (torch.ops.fanin.gather_conv.default, torch.ops.fanin.depthwise_conv.default)
+# ours, which keep images planar; of the last, x is the only tensor
+PLANAR = (
+    torch.ops.fanin.gather_conv.default,
+    torch.ops.fanin.depthwise_conv.default,
+    torch.ops.fanin.max_pool.default,
+)
 
 # node.meta keys; replace_node carries them over, so they survive every rewrite of a node
 LAYER = "fanin_layer"  # the Layer it computes

@@ -16,6 +16,7 @@ from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
 from fanin_compile.passes.lower_depthwise import lower_depthwise
+from fanin_compile.passes.lower_max_pool import lower_max_pool
 from fanin_compile.passes.recognise_activations import recognise_activations
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.reuse_residuals import reuse_residuals
@@ -33,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = (
     condense_linear,
     condense_conv,
     lower_depthwise,  # which of them stand beside condensed ones is known now
+    lower_max_pool,  # before epilogues are fused: an activation costs less after its maximum
     fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs
     split_batch,  # it repeats operators, which those before it should see as one

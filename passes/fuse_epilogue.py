@@ -54,6 +54,8 @@ def _fuse_residual(add: fx.Node) -> Rewrite | None:
             continue
         assert isinstance(producer, fx.Node)
         args = bind_arguments(producer)
+        if "residual" not in args:  # a pooling's
+            continue
         metas = (tensor_meta(producer), tensor_meta(other))
         # a broadcast add, or one that promotes the dtype, is not the store's
         same = all(m is not None and m.dtype == out.dtype and _same_shape(m, out) for m in metas)

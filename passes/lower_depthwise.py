@@ -20,7 +20,6 @@ from torch import fx
 from fanin_compile.graph import (
     CONVOLUTIONS,
     NAME,
-    PLANAR,
     Context,
     PassResult,
     bind_arguments,
@@ -30,18 +29,14 @@ from fanin_compile.graph import (
     writes_between,
 )
 from fanin_compile.moves import PADS
-from fanin_compile.pointwise import activation_name, keeps_values
+from fanin_compile.planar import has_planar, is_beside_planar
 from fanin_compile.records import Rewrite, Skip
-
-aten = torch.ops.aten
-
-_SUMS = (aten.add.Tensor, aten.add_.Tensor)
 
 
 def lower_depthwise(gm: fx.GraphModule, ctx: Context) -> PassResult:
     rewritten: list[Rewrite] = []
     skipped: list[Skip] = []
-    if not any(node.target in PLANAR for node in gm.graph.nodes):
+    if not has_planar(gm.graph):
         return PassResult()
     for node in list(gm.graph.nodes):
         if node.target not in CONVOLUTIONS:
@@ -81,42 +76,9 @@ def _refusal(name: str, node: fx.Node, x: object, weight: object, bias: object) 
     devices = {meta.device.type for meta in metas.values() if meta is not None}
     if devices != {"cpu"}:
         return Skip(name, "depthwise: no kernel for this device", {"device": ", ".join(sorted(devices))})
-    if not (_comes_from_planar(x) or _goes_to_planar(node)):
+    if not is_beside_planar(x, node):
         return Skip(name, "depthwise: beside no condensed convolution", {"input": x})
     return None
-
-
-def _passes_on(node: fx.Node) -> bool:
-    """Whether `node` leaves the memory format of a planar image as it is."""
-    return node.target in (*PADS, *_SUMS) or activation_name(node) is not None or keeps_values(node)
-
-
-def _comes_from_planar(x: object) -> bool:
-    seen: set[fx.Node] = set()
-    nodes = [x]
-    while nodes:
-        node = nodes.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        if node.target in PLANAR:
-            return True
-        seen.add(node)
-        if _passes_on(node):
-            nodes += node.args[: 2 if node.target in _SUMS else 1]
-    return False
-
-
-def _goes_to_planar(node: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    nodes = [node]
-    while nodes:
-        for user in nodes.pop().users:
-            if user.target in PLANAR:
-                return True
-            if user not in seen and _passes_on(user):
-                nodes.append(user)
-            seen.add(user)
-    return False
 
 
 def _folded_pad(pad: fx.Node, conv: fx.Node, dims: int) -> list[int] | None:

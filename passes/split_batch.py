@@ -30,6 +30,7 @@ from fanin_compile.graph import (
     writes,
 )
 from fanin_compile.moves import PADS
+from fanin_compile.planar import has_planar
 from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite
 
@@ -41,7 +42,7 @@ MOST_PARTS = 16  # of a batch: each repeats the stretch's operators in the graph
 
 
 def split_batch(gm: fx.GraphModule, ctx: Context) -> PassResult:
-    if not any(node.target in PLANAR for node in gm.graph.nodes):
+    if not has_planar(gm.graph):
         return PassResult()
     rewritten = [
         what for stretch in list(_stretches(gm.graph)) if (what := _split(gm.graph, stretch)) is not None

@@ -27,13 +27,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
     ("ops_chain", "ops_conv"),
-    ("ops_depthwise",),
+    ("ops_depthwise", "ops_pool"),
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "freshness", "cost", "tuning"),
     ("graph",),  # what passes share
     ("capture", "pointwise"),
     ("moves",),  # where operators take the elements of tensors
-    ("attention",),  # the same for what attention averages
+    ("attention", "planar"),  # the same for what attention averages; who stands beside planar images
     ("channels",),  # which are constant
     ("labels",),  # which neuron each belongs to
     ("liveness",),  # which are read

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "depthwise.h"
-#include "depthwise_store.h"
+#include "planar_store.h"
 
 namespace fanin::depthwise {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "depthwise.h"
-#include "depthwise_store.h"
+#include "planar_store.h"
 
 namespace fanin::depthwise {
 

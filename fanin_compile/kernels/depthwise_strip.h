@@ -5,7 +5,7 @@
 #include <array>
 
 #include "depthwise.h"
-#include "depthwise_store.h"
+#include "planar_store.h"
 
 namespace fanin::depthwise {
 

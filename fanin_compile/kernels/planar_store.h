@@ -1,4 +1,4 @@
-// What both depthwise kernels share: parts of vectors, and activations.
+// What the depthwise and pooling kernels share: parts of vectors, and activations.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include "dispatch.h"
 #include "vec.h"
 
-namespace fanin::depthwise {
+namespace fanin {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -76,4 +76,4 @@ inline void activate_all(Act act, float* y, int64_t count) {
   });
 }
 
-}  // namespace fanin::depthwise
+}  // namespace fanin

@@ -433,6 +433,20 @@ def _storage_roots(node: fx.Node) -> set[fx.Node]:
     return roots
 
 
+def copy_is_needless(node: fx.Node) -> bool:
+    """Whether nobody can tell the result of `node`, a copy of its first argument, from that argument itself: no later
+    node writes to either, by whatever name, and no output of the graph shares the copy's storage."""
+    copied = node.args[0]
+    assert isinstance(copied, fx.Node)
+    either = {node, *_storage_roots(copied)}
+    later = node.next
+    while later.op != "output":
+        if any(not either.isdisjoint(_storage_roots(arg)) for arg in _written_args(later)):
+            return False
+        later = later.next
+    return all(node not in _storage_roots(arg) for arg in later.all_input_nodes)
+
+
 def overwritten(graph: fx.Graph) -> set[fx.Node]:
     """The nodes some users of which run after their storage was written to by another name of it.
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fanin_compile.bench.models import OneInput, make_model
+from fanin_compile.graph import bind_arguments
 from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from tests.compile_support import randn
-from tests.passes.support import context, graph_of, run
+from tests.passes.support import calls, context, graph_of, run
 
 
 class _Many(nn.Module):
@@ -46,3 +51,89 @@ def test_what_does_something_stays() -> None:
     find_masked_layers(gm, context(gm))
     drop_identities(gm, context(gm))
     assert [n.target for n in gm.graph.nodes] == before
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
+
+
+def _pad(x: Tensor, mode: str = "constant") -> Tensor:
+    return F.pad(x, (0, 0, 0, 0), mode=mode)
+
+
+def _written_before(x: Tensor) -> Tensor:
+    h = x + 1
+    h.relu_()
+    return _pad(h) * 2
+
+
+def _copy_written(x: Tensor) -> Tensor:
+    h = x + 1
+    y = _pad(h)
+    y.mul_(2)
+    return h + y
+
+
+def _view_of_copy_written(x: Tensor) -> Tensor:
+    h = x + 1
+    y = _pad(h)
+    y.view(-1).mul_(2)
+    return h + y
+
+
+def _source_written(x: Tensor) -> Tensor:
+    h = x + 1
+    y = _pad(h)
+    h.view(-1).mul_(2)
+    return h + y
+
+
+def _pads_left(function: Callable[[Tensor], object]) -> int:
+    x = randn(2, 3, 4, 4)
+    gm = graph_of(_Function(function), x)
+    pads = len(calls(gm, torch.ops.aten.pad.default))
+    assert pads > 0
+    run(gm, drop_identities, inputs=(x,))
+    return len(calls(gm, torch.ops.aten.pad.default))
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_padding_by_nothing_goes_in_every_mode(mode: str) -> None:
+    assert _pads_left(lambda x: _pad(_pad(x + 1, mode), mode) * 2) == 0
+
+
+def test_what_was_written_before_it_was_padded_goes() -> None:
+    assert _pads_left(_written_before) == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(_copy_written, _view_of_copy_written, _source_written),
+        lambda x: _pad(x),
+        lambda x: _pad(x).view(-1),
+        lambda x: (_pad(x + 1).unsqueeze(0), x * 2),
+        lambda x: F.pad(x, (0, 0, 0, 1)) * 2,
+        lambda x: F.pad(x, (1, -1)) * 2,
+        # the copy can be viewed, its source cannot
+        lambda x: _pad(x[:, :1].expand(-1, 3, -1, -1)).view(-1) * 2,
+    ],
+)
+def test_a_copy_somebody_can_tell_from_its_source_stays(function: Callable[[Tensor], object]) -> None:
+    assert _pads_left(function) == 1
+
+
+def test_mobilenets_pads_of_zero_go() -> None:
+    case = make_model("mobilenet_v2", small=True, batch=1)
+    model, x = OneInput(case), next(iter(case.inputs.values()))
+    gm = graph_of(model, x)
+    before = len(calls(gm, torch.ops.aten.pad.default))
+    drop_identities(gm, context(gm))
+    sizes = [bind_arguments(node)["pad"] for node in calls(gm, torch.ops.aten.pad.default)]
+    assert 0 < len(sizes) < before
+    assert all(any(size) for size in sizes)

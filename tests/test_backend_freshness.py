@@ -447,3 +447,19 @@ def test_constants_of_neurons_that_stay_are_watched() -> None:
     assert len(compilations) == 1
     assert compilations[0].result is not None
     assert any("folded" in r.detail for r in compilations[0].result.rewritten)
+
+
+def test_without_guards_on_torchs_modules_two_models_and_new_structures_are_told_apart() -> None:
+    guards = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+    one, two = (nn.Sequential(sparse_linear(64, 48, k), nn.ReLU()) for k in (6, 9))
+    x = randn(4, 64)
+    with recorded() as compilations:
+        first, second = compiled(one, options=guards), compiled(two, options=guards)
+        for _ in range(2):
+            assert_equals_dense(first(x), one, x)
+            assert_equals_dense(second(x), two, x)
+        assert len(compilations) == 2
+        one[0].get_parameter("weight").copy_(sparse_weight(48, 64, 20))
+        for _ in range(2):  # the first call runs the dense graph
+            assert_equals_dense(first(x), one, x)
+    assert len(compilations) == 3

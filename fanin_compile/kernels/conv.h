@@ -68,7 +68,7 @@ struct Layout {
   int64_t plane, channel;       // floats of one phase, and of one channel; pointwise: of one channel in one tile
   std::vector<Weave> weaves;    // [units], spatial layers only, as all of these:
   int64_t columns;              // of a row that are read: whole pieces
-  std::vector<int32_t> column_out;              // [kinds][columns] floats from Row::out to a column's vector, or -1: no tap asks for it
+  std::vector<int32_t> column_out;              // [kinds][columns] floats from Row::out to a column's vector, or -1
   std::vector<int32_t> column_inside;           // [kinds][columns][kLanes] all ones, or zero where a lane is padding
   int64_t chunk;                // the weight's
   int together;                 // runs of a visit: 1, or kTogether in narrow tiles
@@ -81,6 +81,7 @@ struct Layout {
   int64_t units() const { return static_cast<int64_t>(unit.size()) - 1; }
   int64_t at(const Tile& t) const { return pointwise ? t.x : (t.z * rows + t.y) * pitch + t.x; }
   int64_t stop(const Tile& t) const { return at(t) + (t.parts - 1) * pitch + t.vectors; }
+  int64_t parts(int64_t blocks) const { return blocks > 1 ? blocks : unit_tiles; }   // of a unit, at most
   int64_t chunk_channels() const { return chunk + (together > 1); }     // as packed
   int64_t chunks(const Shape& s) const { return (s.in_channels + chunk - 1) / chunk; }
   int64_t packed_channels(const Shape& s) const { return pointwise ? chunks(s) * chunk_channels() : s.in_channels; }
@@ -147,8 +148,12 @@ struct Op {
 
 // Floats of scratch that a run() needs on its thread.
 int64_t scratch_floats(const Op& op);
-// The group of images that starts at `image`, one unit of their tiles, blocks [first, last).
-void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t last_block, float* scratch);
+// What of a unit one thread computes: of its `parts` equal parts of blocks of rows, or of its tiles where there is one block.
+struct Part {
+  int64_t part, parts;
+};
+// The group of images that starts at `image`, one unit of their tiles.
+void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch);
 // The output channels that no row reaches, of one image.
 void run_dead(const Op& op, int64_t image);
 

@@ -85,18 +85,18 @@ conv::Shape shape_of(const Tensor& x, IntArrayRef weight, IntArrayRef stride, In
   return s;
 }
 
-// What depends on the threads alone: parts into which the rows are cut, so that all of them have work. Packing x is repeated
+// What depends on the threads alone: parts into which units are cut, so that all of them have work. Packing x is repeated
 // in each.
-int64_t split_of(int64_t items, int64_t blocks, int64_t threads) {
+int64_t split_of(int64_t items, int64_t most, int64_t threads) {
   int64_t parts = 1;
-  while (parts < std::min(threads, blocks) && items * parts < 4 * threads && items * parts % threads != 0) ++parts;
+  while (parts < std::min(threads, most) && items * parts < 4 * threads && items * parts % threads != 0) ++parts;
   return parts;
 }
 
 void run(const conv::Op& op, int64_t threads) {
   const conv::Layout& l = op.geometry->layout;
   const conv::Structure& w = *op.weight;
-  const int64_t items = (op.batch + l.images - 1) / l.images * l.units(), split = split_of(items, w.blocks, threads);
+  const int64_t items = (op.batch + l.images - 1) / l.images * l.units(), split = split_of(items, l.parts(w.blocks), threads);
   const auto spread = [&](int64_t count, const auto& f) {
     if (count <= 1 || threads == 1) f(0, count);
     else at::parallel_for(0, count, 1, f);
@@ -107,7 +107,7 @@ void run(const conv::Op& op, int64_t threads) {
       float* scratch = fanin::scratch(floats);
       for (int64_t i = from; i < to; ++i) {
         const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
-        conv::run(op, image, unit, part * w.blocks / split, (part + 1) * w.blocks / split, scratch);
+        conv::run(op, image, unit, {part, split}, scratch);
       }
     });
   if (w.live < w.out)

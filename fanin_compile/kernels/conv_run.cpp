@@ -275,10 +275,17 @@ struct Parts {
 
 int64_t scratch_floats(const Op& op) { return Parts(op).end; }
 
-void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t last_block, float* scratch) {
+void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Structure& w = *op.weight;
   const Layout& l = op.geometry->layout;
   const Tile* first = l.tiles.data() + l.unit[unit];
+  const auto cut = [&](int64_t count, int64_t at) { return count * at / part.parts; };
+  const int64_t tiles = l.unit[unit + 1] - l.unit[unit];
+  const bool by_block = w.blocks > 1;
+  const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
+  const Tile* begin = first + (by_block ? 0 : cut(tiles, part.part));
+  const Tile* end = first + (by_block ? tiles : cut(tiles, part.part + 1));
+  if (first_block == last_block || begin == end) return;
   const Parts parts(op);
   float *sums = scratch, *widened = scratch + parts.values, *planes = scratch + parts.planes;
   uint32_t* decoded = reinterpret_cast<uint32_t*>(scratch + parts.offsets);
@@ -295,7 +302,7 @@ void run(const Op& op, int64_t image, int64_t unit, int64_t first_block, int64_t
                       (op.act == Act::none || op.act == Act::relu || op.act == Act::relu6);
   const Decoder decode(l, w.taps);
   const int64_t chunks = w.chunks(), tile_step = l.packed_channels(op.geometry->shape) * l.channel;
-  for (const Tile* tile = first; tile < l.tiles.data() + l.unit[unit + 1]; ++tile) {
+  for (const Tile* tile = begin; tile < end; ++tile) {
     const bool finished = places_of(op, image, *tile, places) && simple;
     target.y = static_cast<float*>(op.y) + places.at[0][0];
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;

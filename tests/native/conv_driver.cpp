@@ -200,7 +200,7 @@ double worst_excess(const Case& c) {
   op.x = x.bytes.data(), op.bias = bias.bytes.data();
   op.residual = rng() % 2 ? residual.bytes.data() : nullptr, op.y = y.data(), op.batch = c.batch;
   op.x_type = x_type, op.channels_last = last, op.act = rng() % 2 ? Act::relu : Act::none;
-  const int64_t split = pick({1, 2}), blocks = packed.header.blocks, floats = conv::scratch_floats(op);
+  const int64_t split = pick({1, 2, 3}), floats = conv::scratch_floats(op);
   for (int64_t part = 0; part < split; ++part) {
     const auto free_it = [](float* p) { std::free(p); };
     const std::unique_ptr<float, decltype(free_it)> scratch(
@@ -208,7 +208,7 @@ double worst_excess(const Case& c) {
     std::fill_n(scratch.get(), floats, NAN);
     for (int64_t image = 0; image < c.batch; image += geometry.layout.images)
       for (int64_t unit = 0; unit < geometry.layout.units(); ++unit)
-        conv::run(op, image, unit, part * blocks / split, (part + 1) * blocks / split, scratch.get());
+        conv::run(op, image, unit, {part, split}, scratch.get());
   }
   for (int64_t image = 0; image < c.batch; ++image) conv::run_dead(op, image);
 

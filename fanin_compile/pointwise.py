@@ -42,7 +42,6 @@ _DROPOUTS = (
     *(aten.feature_dropout_.default, aten.alpha_dropout.default, aten.alpha_dropout_.default),
 )
 _COPIES = (aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default)
 
 
@@ -57,15 +56,6 @@ def returns_its_input(node: fx.Node) -> bool:
     if node.target in _DROPOUTS:
         return bind_arguments(node)["train"] is False
     return node.target in CASTS and node.target is not aten._to_copy.default and _casts_nothing(node)
-
-
-def pads_nothing(node: fx.Node) -> bool:
-    """Whether `node` pads its first argument by literal zeros on every side: a copy of it, laid out alike."""
-    if node.target not in _PADS or any(type(n) is not int or n != 0 for n in bind_arguments(node)["pad"]):
-        return False
-    before, after = tensor_meta(node.args[0]), tensor_meta(node)
-    # as text: comparing symbolic strides would guard on them
-    return before is not None and after is not None and str(before.stride()) == str(after.stride())
 
 
 def keeps_values(node: fx.Node) -> bool:

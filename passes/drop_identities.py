@@ -13,7 +13,8 @@ from __future__ import annotations
 from torch import fx
 
 from fanin_compile.graph import Context, PassResult, copy_is_needless
-from fanin_compile.pointwise import pads_nothing, returns_its_input
+from fanin_compile.moves import pads_nothing
+from fanin_compile.pointwise import returns_its_input
 
 
 def drop_identities(gm: fx.GraphModule, ctx: Context) -> PassResult:

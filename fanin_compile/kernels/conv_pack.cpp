@@ -12,6 +12,8 @@ namespace {
 struct Straight {
   int64_t at, vectors;
   float* out;
+
+  bool goes_on(int64_t next, const float* to) const { return at + vectors * kLanes == next && out + vectors * kLanes == to; }
 };
 // Others, lane by lane.
 struct Pixels {
@@ -53,13 +55,11 @@ Gathered pixels_of(const Op& op, int64_t image, int64_t unit, float* planes) {
   Walk walk(s, op.channels_last ? s.in_channels : 1, l.tiles[l.unit[unit]].x * kLanes);
   for (int64_t tile = l.unit[unit]; tile < l.unit[unit + 1]; ++tile) {
     float* out = planes + (tile - l.unit[unit]) * l.packed_channels(s) * l.channel;
-    bool follows = false;       // on the last straight ones
     for (int64_t t = 0; t < l.tiles[tile].vectors; ++t, out += kLanes) {
       const bool in_row = !op.channels_last && walk.i < images && walk.x + kLanes <= s.out[2];
       if (in_row && s.stride[2] == 1) {
-        if (follows && g.straight.back().at + g.straight.back().vectors * kLanes == walk.at()) ++g.straight.back().vectors;
+        if (!g.straight.empty() && g.straight.back().goes_on(walk.at(), out)) ++g.straight.back().vectors;
         else g.straight.push_back({walk.at(), 1, out});
-        follows = true;
         walk.advance(kLanes);
       } else if (in_row && s.stride[2] == 2) {
         g.second.push_back({walk.at(), 1, out});
@@ -69,7 +69,6 @@ Gathered pixels_of(const Op& op, int64_t image, int64_t unit, float* planes) {
         for (int64_t lane = 0; lane < kLanes; ++lane, walk.advance(1))
           if (walk.i < images) p.at[lane] = walk.at();
         g.others.push_back(p);
-        follows = false;
       }
     }
   }

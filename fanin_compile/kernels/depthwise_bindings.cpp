@@ -1,5 +1,4 @@
 // The depthwise convolution op as a torch operator: checks, memory formats, threads. Its schema is in ops_depthwise.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/unsqueeze.h>
@@ -68,14 +67,11 @@ Tensor run(const Tensor& x, const Tensor& weight, const OptTensor& bias, const d
   const depthwise::Op op{shape, xc.const_data_ptr<float>(), wc.const_data_ptr<float>(),
                          bias ? bc.const_data_ptr<float>() : nullptr, residual ? rc.const_data_ptr<float>() : nullptr,
                          y.mutable_data_ptr<float>(), batch, fanin::act_of(activation)};
-  constexpr int64_t kWorthThreads = 1 << 16;    // multiply-adds
   const int64_t floats = planar ? depthwise::scratch_floats(shape) : depthwise::scratch_floats_last(shape);
   const int64_t items = batch * (planar ? shape.out_channels() : shape.out[0] * shape.out[1]);
-  const auto part = [&](int64_t first, int64_t last) {
+  fanin::share_out(items, y.numel() * shape.taps(), [&](int64_t first, int64_t last) {
     (planar ? depthwise::run_planes : depthwise::run_rows)(op, first, last, fanin::scratch(floats));
-  };
-  if (y.numel() * shape.taps() < kWorthThreads || at::get_num_threads() == 1) part(0, items);
-  else at::parallel_for(0, items, (items + at::get_num_threads() - 1) / at::get_num_threads(), part);
+  });
   return y.contiguous(wanted);
 }
 

@@ -1,5 +1,4 @@
 // The max pooling op as a torch operator: checks, threads. Its schema is in ops_pool.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -65,13 +64,9 @@ Tensor max_pool_cpu(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, Int
   if (y.numel() == 0) return y;
   const Tensor xc = x.contiguous();
   const pool::Op op{shape, xc.const_data_ptr<float>(), y.mutable_data_ptr<float>(), act};
-  constexpr int64_t kWorthThreads = 1 << 16;    // elements under kernels
-  const int64_t planes = c10::multiply_integers(leading), threads = at::get_num_threads();
-  const auto part = [&](int64_t first, int64_t last) {
+  fanin::share_out(c10::multiply_integers(leading), y.numel() * shape.taps(), [&](int64_t first, int64_t last) {
     pool::run_planes(op, first, last, fanin::scratch(pool::scratch_floats(shape)));
-  };
-  if (y.numel() * shape.taps() < kWorthThreads || threads == 1) part(0, planes);
-  else at::parallel_for(0, planes, (planes + threads - 1) / threads, part);
+  });
   return y;
 }
 

@@ -1,6 +1,7 @@
-// What the torch bindings share: torch's types and names as the kernels' own. Includes torch headers.
+// What the torch bindings share: torch's types and names as the kernels' own, threads. Includes torch headers.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -49,6 +50,15 @@ inline Act act_of(std::string_view name) {
   for (const auto& [key, act] : table)
     if (key == name) return act;
   TORCH_CHECK_VALUE(false, "fanin: unknown activation '", name, "'");
+}
+
+// part(first, last) over items, one part for each thread; `work`, in multiply-adds or the like, tells whether threads pay.
+template <class F>
+void share_out(int64_t items, int64_t work, const F& part) {
+  constexpr int64_t kWorthThreads = 1 << 16;
+  const int64_t threads = at::get_num_threads();
+  if (work < kWorthThreads || threads == 1) part(0, items);
+  else at::parallel_for(0, items, (items + threads - 1) / threads, part);
 }
 
 }  // namespace fanin

@@ -9,6 +9,7 @@
 
 #include "depthwise.cpp"
 #include "depthwise_last.cpp"
+#include "window.h"
 
 using namespace fanin;
 namespace depthwise = fanin::depthwise;
@@ -79,18 +80,10 @@ double worst_excess(const Case& c) {
   for (int64_t image = 0; image < c.batch; ++image)
     for (int64_t o = 0; o < outs; ++o)
       for (int64_t p = 0; p < out; ++p) {
-        const depthwise::Dims pixel{p / (s.out[1] * s.out[2]), p / s.out[2] % s.out[1], p % s.out[2]};
         double sum = biased ? bias[o] : 0.0, magnitude = std::fabs(sum);
         for (int64_t t = 0; t < s.taps(); ++t) {
-          const depthwise::Dims tap{t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
-          int64_t from = 0;
-          bool inside = true;
-          for (int d = 0; d < 3; ++d) {
-            const int64_t i = pixel[d] * s.stride[d] + tap[d] * s.dilation[d] - s.before[d];
-            inside = inside && i >= 0 && i < s.in[d];
-            from = from * s.in[d] + i;
-          }
-          if (!inside) continue;
+          const int64_t from = element_under(s, p, t);
+          if (from < 0) continue;
           const double product = static_cast<double>(weight[o * s.taps() + t]) * x[at(image, o / s.multiplier, from, s.channels, in)];
           sum += product, magnitude += std::fabs(product);
         }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pool.cpp"
+#include "window.h"
 
 using namespace fanin;
 namespace pool = fanin::pool;
@@ -70,18 +71,10 @@ int64_t wrong(const Case& c) {
   int64_t count = 0;
   for (int64_t to = 0; to < static_cast<int64_t>(y.size()); ++to) {
     const int64_t plane = to / s.pixels_out(), p = to % s.pixels_out();
-    const pool::Dims pixel{p / (s.out[1] * s.out[2]), p / s.out[2] % s.out[1], p % s.out[2]};
     float most = -INFINITY;
     for (int64_t t = 0; t < s.taps(); ++t) {
-      const pool::Dims tap{t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
-      int64_t from = 0;
-      bool inside = true;
-      for (int d = 0; d < 3; ++d) {
-        const int64_t i = pixel[d] * s.stride[d] + tap[d] * s.dilation[d] - s.before[d];
-        inside = inside && i >= 0 && i < s.in[d];
-        from = from * s.in[d] + i;
-      }
-      if (!inside) continue;
+      const int64_t from = element_under(s, p, t);
+      if (from < 0) continue;
       const float v = x[plane * s.pixels_in() + from];
       if (v > most || std::isnan(v)) most = v;
     }

@@ -2,6 +2,7 @@
 // Eight non-zeros at once: one vector load of values, eight scalar loads of x placed into a vector, one FMA.
 #include "dispatch.h"
 #include "linear.h"
+#include "linear_stream.h"
 #include "vec.h"
 
 namespace fanin {
@@ -62,16 +63,6 @@ FANIN_INLINE v8 gather(const float* x, const uint8_t* p) {
   return concat(low, high);
 }
 
-// The weights of a network do not fit the caches, and hardware follows a stream to the end of its page at most: a page of
-// values is requested ahead, and the columns beside them.
-constexpr int64_t kAhead = 4096;                // bytes of values
-constexpr int64_t kStep = 96;                   // two lines of three: requesting all costs cached layers more than it gains others
-
-template <class T>
-FANIN_INLINE void request(const T* begin, const T* end, int64_t ahead) {
-  for (const T* p = begin; p < end; p += kStep / sizeof(T)) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
-}
-
 // Adds to the sums of each group's rows. Lanes hold two steps of four rows each.
 template <class V, class C>
 __attribute__((noinline)) void run(  // inlined, its loop is short of registers: 87 instead of 63 us
@@ -79,8 +70,7 @@ __attribute__((noinline)) void run(  // inlined, its loop is short of registers:
   for (const Group* end = group + groups; group < end; ++group) {
     v8 acc{};
     const V* stop = w + 8 * int64_t{group->pairs};
-    request(w, stop, kAhead);
-    request(c, c + (stop - w), kAhead * static_cast<int64_t>(sizeof(C)) / static_cast<int64_t>(sizeof(V)));
+    request_ahead(w, c, stop - w);
     do {
       acc += widen<8>(w) * gather(x, c);
       w += 8, c += 8;

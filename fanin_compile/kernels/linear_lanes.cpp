@@ -2,6 +2,7 @@
 // value * x[column] to its sums: one weight is broadcast against contiguous vectors.
 #include "dispatch.h"
 #include "linear.h"
+#include "linear_stream.h"
 #include "vec.h"
 
 namespace fanin {
@@ -67,6 +68,7 @@ __attribute__((noinline)) void run(const V* w, const C* c, const Group* group, i
       for (int t = 0; t < T; ++t) sums[r][t] += weight * load_raw<vf>(p + t * kLanes);
     };
     const V* stop = w + 8 * int64_t{group->pairs};
+    if constexpr (T == 1) request_ahead(w, c, stop - w);
     do {
       const Columns8<C, kStride> column(c);
       const Weights4 a(w);

@@ -28,9 +28,11 @@ from fanin_compile import cost, guards
 from fanin_compile.capture import (
     Captured,
     capture,
+    held_tensors,
     layer_name,
     relift,
     seen_from,
+    static_position,
     static_target,
     unlift,
 )
@@ -39,6 +41,7 @@ from fanin_compile.freshness import Watch, watch_fused_optimizers
 from fanin_compile.graph import (
     CONVOLUTIONS,
     Context,
+    Evaluator,
     Gate,
     PipelineResult,
     attr_tensor,
@@ -135,7 +138,8 @@ def analyse(
 
 def _untouchable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
     """Why a graph must be handed on as it is, if so."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
+    inputs = (*example_inputs, *held_tensors(gm).values())
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return "gradients are enabled and needed: weights are not constant (use torch.no_grad())"
     for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
         device, _, enabled, *_ = node.args
@@ -155,8 +159,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     _record(Compilation(result))
     if not result.rewritten:
         return settings.finish(gm, example_inputs)
+    inputs = (*example_inputs, *captured.held)
     packed = _packed(captured, result)
-    inference = [captured.statics[i] for i in packed if example_inputs[i].is_inference()]
+    if _freezing(settings):
+        packed = tuple(sorted({*packed, *_baked(result.graph_module)}))
+    inference = [captured.statics[i] for i in packed if inputs[i].is_inference()]
     if inference:
         raise RewriteError(
             f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
@@ -168,7 +175,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     with _own_cache_key():
         compiled = settings.finish(rewritten, example_inputs, **patches)
     _bind_to_modules(captured, packed)
-    return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, example_inputs)
+    guards.keep_tensors(captured.held_sources)
+    return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, inputs)
 
 
 def _only_stems(graph: fx.Graph) -> bool:
@@ -182,6 +190,19 @@ def _only_stems(graph: fx.Graph) -> bool:
 def _packed(captured: Captured, result: PipelineResult) -> tuple[int, ...]:
     """The positions of static inputs whose values a pass relied on."""
     return tuple(i for i in captured.statics if static_target(i) in result.read)
+
+
+def _freezing(settings: Options) -> bool:
+    """Whether inductor bakes the tensors that a graph holds into its code."""
+    return bool(settings.inductor.get("freezing", inductor_config.freezing))
+
+
+def _baked(gm: fx.GraphModule) -> set[int]:
+    """The positions of what freezing bakes in of Dynamo's tensors: those held by the graph that nothing writes to."""
+    evaluator, arguments = Evaluator(gm), len(list(gm.graph.find_nodes(op="placeholder")))
+    constants = (str(n.target) for n in gm.graph.find_nodes(op="get_attr") if evaluator.is_constant(n))
+    positions = (static_position(target) for target in constants)
+    return {i for i in positions if i is not None and i >= arguments}
 
 
 def _bind_to_modules(captured: Captured, packed: Sequence[int]) -> None:
@@ -212,7 +233,9 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
         tensor = attr_tensor(captured.graph_module, static_target(i))
         owner = captured.owners.get(i)
         module = None if owner is None else owner.module()
-        if owner is not None and module is not None and tensor.is_floating_point() and tensor.ndim > 1:
+        if owner is None or module is None or owner.name in vars(module):
+            continue  # masks beside plain attributes are factors in the graph
+        if tensor.is_floating_point() and tensor.ndim > 1:
             found = find_masked_weight(module, owner.name)
             # the other sources are factors in the graph, or no mask at all
             if found is not None and found.source in ("buffer", "module"):
@@ -269,24 +292,25 @@ class _FreshGraph:
         constants: Mapping[int, Tensor],
         settings: Options,
         packed: tuple[int, ...],
-        example_inputs: Sequence[Any],
+        inputs: Sequence[Any],
     ) -> None:
         self._compiled, self._original = compiled, original
         self._captured, self._rewritten, self._settings = captured, rewritten, settings
         self._packed = packed
         self._hand_out(constants)
         self._watch = Watch(
-            packed, example_inputs, witnesses=_witnesses(captured, packed), contents=settings.verify_contents
+            packed, inputs, witnesses=_witnesses(captured, packed), contents=settings.verify_contents
         )
         self._lock = threading.Lock()
-        self._frozen = bool(inductor_config.freezing)  # then inductor has baked the buffers in
+        self._frozen = _freezing(settings)
         self._epoch = guards.open_epoch()
         weakref.finalize(self, guards.close_epoch, self._epoch)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._packed):
+        inputs = args + self._captured.held
+        if torch.is_grad_enabled() and any(inputs[i].requires_grad for i in self._packed):
             return self._original(*args)  # unfrozen since: Dynamo does not guard parameters on this
-        if not self._fresh(args) and not self._repack(args):
+        if not self._fresh(inputs) and not self._repack(inputs):
             return self._original(*args)
         outputs = self._compiled(*args)
         if self._constants:
@@ -298,17 +322,17 @@ class _FreshGraph:
     def _hand_out(self, constants: Mapping[int, Tensor]) -> None:
         self._constants = [(i, constants[i], constants[i]._version) for i in sorted(constants)]
 
-    def _fresh(self, args: Sequence[Any]) -> bool:
+    def _fresh(self, inputs: Sequence[Any]) -> bool:
         # a user may have written to what was handed out
-        return self._watch.fresh(args) and all(t._version == version for _, t, version in self._constants)
+        return self._watch.fresh(inputs) and all(t._version == version for _, t, version in self._constants)
 
-    def _repack(self, args: Sequence[Any]) -> bool:
+    def _repack(self, inputs: Sequence[Any]) -> bool:
         """Bring the packed constants up to date; False if their structure changed: the graph is compiled anew."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._fresh(args):  # another thread was first
+            if self._fresh(inputs):  # another thread was first
                 return True
             try:
-                relift(self._captured.graph_module, {i: args[i] for i in self._captured.statics})
+                relift(self._captured.graph_module, {i: inputs[i] for i in self._captured.statics})
                 gm = unlift(rewrite(self._captured, self._settings).graph_module)
             except Exception as error:
                 if self._settings.strict:
@@ -321,9 +345,10 @@ class _FreshGraph:
             if not same or any(_layout(new[name]) != _layout(old[name]) for name in old):
                 return self._give_up("the structure of its masks changed")
             for name, buffer in old.items():
-                buffer.copy_(new[name])
+                if buffer is not new[name]:  # else one that Dynamo's graph holds
+                    buffer.copy_(new[name])
             self._hand_out(constants)
-            self._watch.renew(self._packed, args)
+            self._watch.renew(self._packed, inputs)
             log.info("graph %d: weights changed, packed anew", self._epoch)
             return True
 

@@ -8,10 +8,15 @@
 Parameters stay placeholders of the signature throughout; in between, their uses read get_attr nodes with the real
 tensors behind them, so that passes see constants. What no pass replaced reads the placeholder again at the end: later
 changes of such a tensor are seen by every call.
+
+Some graphs of Dynamo's hold tensors themselves, behind get_attr nodes: all parameters and buffers while inductor's
+freezing is on, tensor attributes of modules that were compiled under it before, tensors given to mark_static_address.
+They are constants like the others, at positions past the arguments of a call, and stay get_attr nodes at the end.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.source import LocalSource
 from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fanin_compile.decompositions import TABLE
@@ -35,14 +41,18 @@ class Captured:
     """A graph in the passes' dialect.
 
     Attributes:
-        statics: input position of each parameter and buffer -> Dynamo's source expression, for example
+        statics: position of each parameter, buffer and tensor attribute -> Dynamo's source expression, for example
             L['self']._modules['fc']._parameters['weight'].
-        owners: input position -> the module it belongs to and its name there, where Dynamo knows them.
+        owners: position -> the module it belongs to and its name there, where Dynamo knows them.
+        held: the tensors at the positions past the arguments: those which Dynamo's graph reads as its attributes.
+        held_sources: where Dynamo found them, as far as it says.
     """
 
     graph_module: fx.GraphModule
     statics: Mapping[int, str]
     owners: Mapping[int, Owner]
+    held: tuple[Tensor, ...]
+    held_sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
@@ -59,15 +69,34 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
 
     Must run inside a backend call: it traces in Dynamo's own fake mode, so that symbolic sizes stay symbolic.
     """
-    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    held, arguments = held_tensors(gm), len(example_inputs)
+    inputs = (*example_inputs, *held.values())
+    nodes = list(gm.graph.find_nodes(op="placeholder"))
+    known = getattr(gm, "_param_name_to_source", None) or {}
+    sources = [getattr(node, "_dynamo_source", None) for node in nodes] + [known.get(name) for name in held]
+    names = [node.name for node in nodes] + list(held)
     statics = {
-        i: _source_name(node)
-        for i, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-        if isinstance(value, Tensor) and _is_static(node)
+        i: name if source is None else str(source.name)
+        for i, (name, source, value) in enumerate(zip(names, sources, inputs, strict=True))
+        if i >= arguments or (isinstance(value, Tensor) and _is_static(nodes[i]))
     }
-    aten_gm = _retrace(gm, placeholders, example_inputs)
-    lift(aten_gm, {i: example_inputs[i] for i in statics})
-    return Captured(aten_gm, statics, _owners(placeholders, statics))
+    aten_gm = _retrace(gm, list(held), sources, inputs)
+    lift(aten_gm, {i: inputs[i] for i in statics})
+    for node in list(aten_gm.graph.find_nodes(op="placeholder"))[arguments:]:
+        aten_gm.graph.erase_node(node)
+    aten_gm.recompile()
+    held_sources = tuple(source for source in sources[arguments:] if source is not None)
+    return Captured(aten_gm, statics, _owners(sources, statics), tuple(held.values()), held_sources)
+
+
+def held_tensors(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph of Dynamo's reads as its own attributes, by the target of their get_attr nodes."""
+    held = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(gm)
+        if isinstance(value, Tensor):  # not the body of a higher-order operator
+            held[str(node.target)] = value
+    return held
 
 
 def _is_static(node: fx.Node) -> bool:
@@ -75,24 +104,31 @@ def _is_static(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in tensor_dict
 
 
-def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    return str(source.name) if source is not None else node.name
-
-
-def _retrace(gm: fx.GraphModule, placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> fx.GraphModule:
+def _retrace(
+    gm: fx.GraphModule, held: Sequence[str], sources: Sequence[Source | None], inputs: Sequence[Any]
+) -> fx.GraphModule:
+    """Trace the graph on fake tensors; the last inputs stand for its attributes `held`."""
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None and context.fake_mode is not None else FakeTensorMode()
     fakes = []
-    for node, value in zip(placeholders, inputs, strict=True):
+    for source, value in zip(sources, inputs, strict=True):
         if isinstance(value, Tensor):
             symbolic = context.tensor_to_context.get(value) if context is not None else None
-            source = getattr(node, "_dynamo_source", None)
             fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source))
         else:
             fakes.append(value)
+
+    for fake in fakes[len(fakes) - len(held) :]:
+        for size in (*fake.shape, *fake.stride()):
+            int(size)  # with dynamic=True it is symbolic: that of a constant is guarded to stay
+
+    def call(*args: Any) -> Any:
+        first = len(args) - len(held)
+        attributes = dict(zip(held, args[first:], strict=True))
+        return functional_call(gm, attributes, args[:first], tie_weights=False)
+
     with mode:
-        traced = make_fx(gm.forward, decomposition_table=TABLE, pre_dispatch=True)(*fakes)
+        traced = make_fx(call, decomposition_table=TABLE, pre_dispatch=True)(*fakes)
     assert isinstance(traced, fx.GraphModule)
     return traced
 
@@ -138,18 +174,19 @@ def static_position(target: str) -> int | None:
 
 
 def unlift(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule whose lifted get_attr nodes are placeholders again, and which owns only the tensors it reads."""
+    """A GraphModule whose lifted get_attr nodes are placeholders again, as far as the graph has them, and which owns
+    only the tensors it reads."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     for node in list(gm.graph.find_nodes(op="get_attr")):
         position = static_position(str(node.target))
-        if position is not None:
+        if position is not None and position < len(placeholders):
             node.replace_all_uses_with(placeholders[position])
             gm.graph.erase_node(node)
     return fx.GraphModule(gm, gm.graph)
 
 
-def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict[int, Owner]:
-    """The module each static input is a parameter or buffer of, by evaluating Dynamo's source of it."""
+def _owners(sources: Sequence[Source | None], statics: Mapping[int, str]) -> dict[int, Owner]:
+    """The module each static input is a parameter, buffer or attribute of, by evaluating Dynamo's source of it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -159,9 +196,8 @@ def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict
     scope = {"L": output.local_scope, "G": output.global_scope}
     owners = {}
     for i in statics:
-        source = getattr(placeholders[i], "_dynamo_source", None)
-        index, holder = getattr(source, "index", None), getattr(getattr(source, "base", None), "base", None)
-        if not isinstance(index, str) or holder is None:
+        holder, name = _holder(sources[i])
+        if holder is None:
             continue
         try:
             # the expression is Dynamo's own, the one its guards evaluate
@@ -169,8 +205,16 @@ def _owners(placeholders: Sequence[fx.Node], statics: Mapping[int, str]) -> dict
         except (KeyError, AttributeError, IndexError, NameError, TypeError):
             continue  # a source that needs more than the frame's scope: this input stays nameless
         if isinstance(module, nn.Module):
-            owners[i] = Owner(weakref.ref(module), index, _root(holder, output.local_scope))
+            owners[i] = Owner(weakref.ref(module), name, _root(holder, output.local_scope))
     return owners
+
+
+def _holder(source: Source | None) -> tuple[Source | None, str]:
+    """From m._parameters['weight'] or m.weight to m and the name."""
+    base, member, index = (getattr(source, name, None) for name in ("base", "member", "index"))
+    if isinstance(member, str):
+        return base, member
+    return (getattr(base, "base", None), index) if isinstance(index, str) else (None, "")
 
 
 def _root(source: Source, local_scope: Mapping[str, object]) -> LocalSource | None:

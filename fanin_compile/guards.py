@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.guards import DeletedGuardManagerWrapper, GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext
+from torch._guards import Source, TracingContext
 
 # Of each graph in use, guarded by Dynamo: raising it makes the next call compile anew.
 epochs: dict[int, int] = {}
@@ -56,6 +56,20 @@ def bind_to(roots: Iterable[LocalSource]) -> None:
     if compiling():
         for root in set(roots):
             install_guard(root.make_guard(GuardBuilder.ID_MATCH))
+
+
+def keep_tensors(sources: Iterable[Source]) -> None:
+    """Tie the graph in compilation to the very tensors at these sources and to their sizes, strides and dtypes.
+
+    Of a tensor that its graph holds itself, Dynamo guards one of both.
+    """
+    if compiling():
+        guards = TracingContext.get().guards_context.dynamo_guards
+        present = {(guard.originating_source, guard.create_fn_name()) for guard in guards}
+        for source in set(sources):
+            for kind in (GuardBuilder.ID_MATCH, GuardBuilder.TENSOR_MATCH):
+                if (source, kind.__name__) not in present:  # twice, a tensor would be taken for a duplicate
+                    install_guard(source.make_guard(kind))
 
 
 def discount_dropped_graphs() -> None:

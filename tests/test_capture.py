@@ -71,6 +71,36 @@ def test_inputs_that_are_no_parameters_are_no_constants() -> None:
     assert captured.statics == {}
 
 
+def test_tensors_of_the_graph_itself_are_constants_past_its_arguments() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.shift = randn(3, 64), randn(3, seed=1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.weight) + self.shift * y
+
+    model = Plain()
+    for tensor in (model.weight, model.shift):
+        torch._dynamo.mark_static_address(tensor, guard=True)
+    captured, back = _captured(model, randn(5, 64), randn(3))
+    assert captured.statics == {2: "L['self'].weight", 3: "L['self'].shift"}
+    assert [
+        tensor is held for tensor, held in zip((model.weight, model.shift), captured.held, strict=True)
+    ] == [
+        True,
+        True,
+    ]
+    assert [(owner.module(), owner.name) for owner in captured.owners.values()] == [
+        (model, "weight"),
+        (model, "shift"),
+    ]
+    for graph in (captured.graph_module.graph, back.graph):
+        assert len(list(graph.find_nodes(op="placeholder"))) == 2
+        assert len(list(graph.find_nodes(op="get_attr"))) == 2
+    assert {id(tensor) for tensor in back.buffers()} == {id(model.weight), id(model.shift)}
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
     ("ops_chain", "ops_conv"),
-    ("ops_depthwise", "ops_pool"),
+    ("ops_attention", "ops_depthwise", "ops_pool"),
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "freshness", "cost", "tuning"),
     ("graph",),  # what passes share

@@ -10,6 +10,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <mutex>
 #include <vector>
@@ -23,8 +24,9 @@ class OutputBlocks final : public c10::Allocator {
   static constexpr size_t kLeast = 1 << 20;     // bytes of a block that is kept
 
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = take(bytes);
-    if (!block) block = new Block{c10::alloc_cpu(bytes), bytes, bytes};
+    const size_t room = with_room(bytes);
+    Block* block = take(bytes, room);
+    if (!block) block = new Block{c10::alloc_cpu(room), room, bytes};
     return {block->data, block, &give, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -49,8 +51,14 @@ class OutputBlocks final : public c10::Allocator {
     size_t bytes, asked;        // asked: by whom it serves now
   };
 
-  // The smallest that is large enough, or null.
-  Block* take(size_t bytes) {
+  // A new block has up to a quarter more: it will serve outputs that grow from call to call, as caches do. What is never
+  // written takes no memory.
+  static size_t with_room(size_t bytes) {
+    const size_t step = std::bit_floor(bytes) / 4;
+    return (bytes + step - 1) / step * step;
+  }
+  // The smallest that is large enough, or null, for which a new one of size `room` will be made.
+  Block* take(size_t bytes, size_t room) {
     const std::lock_guard lock(mutex_);
     auto best = free_.end();
     for (auto i = free_.begin(); i != free_.end(); ++i)
@@ -61,7 +69,7 @@ class OutputBlocks final : public c10::Allocator {
       block->asked = bytes;
       free_.erase(best), free_bytes_ -= block->bytes;
     }
-    used_ += block ? block->bytes : bytes, asked_ += bytes;
+    used_ += block ? block->bytes : room, asked_ += bytes;
     most_asked_ = std::max(most_asked_, asked_);
     return block;
   }

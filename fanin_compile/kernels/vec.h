@@ -59,6 +59,24 @@ FANIN_INLINE V load_raw(const T* p) {
 template <class V, class T>
 FANIN_INLINE void store_raw(T* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
 
+// Copies past the caches, for what nobody reads soon: the lines of `to` are not fetched before they are written. Others see
+// them after stream_end().
+inline void stream_copy(float* to, const float* from, int64_t count) {
+  int64_t i = 0;
+#if defined(__AVX__)
+  constexpr int64_t kWide = 8;
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(float) % kWide);
+  for (; i < count && (past + i) % kWide; ++i) to[i] = from[i];
+  for (; i + kWide <= count; i += kWide) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+#endif
+  __builtin_memcpy(to + i, from + i, (count - i) * sizeof(float));
+}
+FANIN_INLINE void stream_end() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
 // mask lanes are all ones or all zeros, as comparisons give them
 template <int N>
 FANIN_INLINE Vec<float, N> select(Vec<int32_t, N> mask, Vec<float, N> a, Vec<float, N> b) { return mask ? a : b; }

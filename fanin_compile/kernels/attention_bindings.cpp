@@ -1,0 +1,161 @@
+// Attention over past and new keys as torch operators: checks, strides, threads. Their schemas are in ops_attention.py.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "attention.h"
+#include "torch_outputs.h"
+#include "torch_types.h"
+
+namespace {
+
+namespace attention = fanin::attention;
+using at::Tensor;
+using fanin::OptTensor;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+template <class Result>
+using Signature = Result(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
+                         std::optional<double>);
+
+constexpr int64_t kMostRows = 64;               // of queries that read one head: more are a product of matrices
+
+// x itself, or a copy whose last dimension is contiguous.
+Tensor with_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) <= 1 ? x : x.contiguous(); }
+
+attention::Rows rows_of(const Tensor& x) { return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+void check_pair(const char* what, const Tensor& past, const Tensor& fresh) {
+  TORCH_CHECK_VALUE(past.dim() == 4 && fresh.dim() == 4, "fanin: past and new ", what,
+                    " must be [batch, heads, length, dim], got ", past.sizes(), " and ", fresh.sizes());
+  for (int64_t d : {0, 1, 3})
+    TORCH_CHECK_VALUE(past.size(d) == fresh.size(d), "fanin: past and new ", what, " must differ in length alone, got ",
+                      past.sizes(), " and ", fresh.sizes());
+}
+
+void check(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
+           const Tensor& values) {
+  check_pair("keys", past_keys, keys);
+  check_pair("values", past_values, values);
+  TORCH_CHECK_VALUE(keys.sizes().slice(0, 2) == values.sizes().slice(0, 2), "fanin: keys ", keys.sizes(), " and values ",
+                    values.sizes(), " must have the same batch and heads");
+  const int64_t lengths[] = {past_keys.size(2) + keys.size(2), past_values.size(2) + values.size(2)};
+  TORCH_CHECK_VALUE(lengths[0] == lengths[1], "fanin: there are ", lengths[0], " keys and ", lengths[1], " values");
+  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(0) == keys.size(0) && query.size(3) == keys.size(3),
+                    "fanin: query ", query.sizes(), " must have the batch and the dim of keys ", keys.sizes());
+  const int64_t heads = keys.size(1);
+  TORCH_CHECK_VALUE(heads == 0 ? query.size(1) == 0 : query.size(1) % heads == 0, "fanin: the ", query.size(1),
+                    " heads of the query must be a multiple of the keys' ", heads);
+}
+
+attention::Mask mask_of(const OptTensor& mask, at::IntArrayRef scores) {
+  using attention::Mask;
+  if (!mask) return {Mask::Kind::none, nullptr, 0, 0, 0, 0};
+  const int64_t missing = 4 - mask->dim();
+  int64_t strides[4] = {};
+  bool fits = missing >= 0;
+  for (int64_t d = std::max<int64_t>(missing, 0); fits && d < 4; ++d) {
+    const int64_t size = mask->size(d - missing);
+    fits = size == 1 || size == scores[d];
+    strides[d] = size == 1 ? 0 : mask->stride(d - missing);
+  }
+  TORCH_CHECK_VALUE(fits, "fanin: the mask's shape ", mask->sizes(), " does not broadcast to that of the scores, ", scores);
+  const auto kind = mask->scalar_type() == at::kBool ? Mask::Kind::hides : Mask::Kind::adds;
+  return {kind, mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+bool is_native(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
+               const Tensor& values, const OptTensor& mask) {
+  for (const Tensor* t : {&query, &past_keys, &keys, &past_values, &values})
+    if (t->scalar_type() != at::kFloat) return false;
+  return !mask || mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat;
+}
+
+// y, and the appended keys and values where they are wanted.
+template <bool kAppends>
+Three attend(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
+             const Tensor& values, const OptTensor& mask, std::optional<double> scale) {
+  const int64_t batch = query.size(0), heads = keys.size(1), queries = query.size(2), dim = keys.size(3);
+  const int64_t length = past_keys.size(2) + keys.size(2);
+  const auto output = [&](int64_t rows, int64_t columns, int64_t width) {
+    return fanin::empty_output({batch, rows, columns, width}, at::kFloat);
+  };
+  const Tensor y = output(queries, query.size(1), values.size(3));
+  Tensor all_keys, all_values;
+  if (kAppends) all_keys = output(heads, length, dim), all_values = output(heads, length, values.size(3));
+
+  const Tensor q = with_rows(query), pk = with_rows(past_keys), k = with_rows(keys), pv = with_rows(past_values),
+               v = with_rows(values);
+  const auto to = [](Tensor& all) { return kAppends ? all.mutable_data_ptr<float>() : nullptr; };
+  const attention::Op op{
+      batch, heads, heads ? query.size(1) / heads : 0, queries, rows_of(q),
+      {rows_of(pk), rows_of(k), pk.size(2), k.size(2), dim, to(all_keys)},
+      {rows_of(pv), rows_of(v), pv.size(2), v.size(2), values.size(3), to(all_values)},
+      mask_of(mask, {batch, query.size(1), queries, length}),
+      static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(dim))), y.mutable_data_ptr<float>()};
+  const int64_t work = batch * heads * length * (dim + values.size(3)) * (op.rows() + kAppends);
+  if (batch * heads > 0)
+    fanin::share_out(batch * heads, work, [&](int64_t first, int64_t last) {
+      attention::run_heads(op, first, last, fanin::scratch(attention::scratch_floats(op)));
+    });
+  return {y.transpose(1, 2), all_keys, all_values};
+}
+
+template <class Result>
+Result result_of(const Three& three) {
+  if constexpr (std::is_same_v<Result, Three>) return three;
+  else return std::get<0>(three);
+}
+
+template <class Result>
+struct Names;
+template <>
+struct Names<Tensor> {
+  static constexpr const char *op = "fanin::attend_appended", *reference = "fanin::attend_appended_reference";
+};
+template <>
+struct Names<Three> {
+  static constexpr const char *op = "fanin::append_attend", *reference = "fanin::append_attend_reference";
+};
+
+template <class Result>
+Result attend_cpu(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
+                  const Tensor& values, const OptTensor& mask, std::optional<double> scale) {
+  check(query, past_keys, keys, past_values, values);
+  const bool few = query.size(2) * query.size(1) <= kMostRows * keys.size(1);
+  if (!few || !is_native(query, past_keys, keys, past_values, values, mask)) {
+    static const auto reference = fanin::handle_of<Signature<Result>>(Names<Result>::reference);
+    return reference.call(query, past_keys, keys, past_values, values, mask, scale);
+  }
+  constexpr bool kAppends = std::is_same_v<Result, Three>;
+  return result_of<Result>(attend<kAppends>(query, past_keys, keys, past_values, values, mask, scale));
+}
+
+// Below autograd unless a gradient is asked for; then the reference, of which torch knows the derivatives.
+template <class Result>
+Result attend_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& past_keys, const Tensor& keys,
+                       const Tensor& past_values, const Tensor& values, const OptTensor& mask,
+                       std::optional<double> scale) {
+  if (fanin::wants_grad(query, past_keys, keys, past_values, values, mask)) {
+    static const auto reference = fanin::handle_of<Signature<Result>>(Names<Result>::reference);
+    return reference.call(query, past_keys, keys, past_values, values, mask, scale);
+  }
+  static const auto op = fanin::handle_of<Signature<Result>>(Names<Result>::op);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.redispatch(keys_of & c10::after_autograd_keyset, query, past_keys, keys, past_values, values, mask, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fanin, CPU, m) {
+  m.impl("attend_appended", attend_cpu<Tensor>);
+  m.impl("append_attend", attend_cpu<Three>);
+}
+
+TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) {
+  m.impl("attend_appended", attend_autograd<Tensor>);
+  m.impl("append_attend", attend_autograd<Three>);
+}

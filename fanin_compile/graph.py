@@ -320,6 +320,13 @@ class ConstantNodes:
         return sum(attr_tensor(self._gm, str(node.target)).nbytes for node in nodes)
 
 
+def has_condensed(graph: fx.Graph) -> bool:
+    """Whether an operator of ours stands there: passes that lower what is beside layers leave other graphs alone."""
+    return any(
+        isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "fanin" for n in graph.nodes
+    )
+
+
 def tensor_meta(node: object) -> Tensor | None:
     """The (fake) tensor a node computes, None for anything else."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
@@ -433,11 +440,9 @@ def _storage_roots(node: fx.Node) -> set[fx.Node]:
     return roots
 
 
-def copy_is_needless(node: fx.Node) -> bool:
-    """Whether nobody can tell the result of `node`, a copy of its first argument, from that argument itself: no later
-    node writes to either, by whatever name, and no output of the graph shares the copy's storage."""
-    copied = node.args[0]
-    assert isinstance(copied, fx.Node)
+def copy_is_needless(node: fx.Node, copied: fx.Node) -> bool:
+    """Whether nobody can tell the result of `node`, a copy of `copied`, from that itself: no later node writes to
+    either, by whatever name, and no output of the graph shares the copy's storage."""
     either = {node, *_storage_roots(copied)}
     later = node.next
     while later.op != "output":

@@ -52,7 +52,10 @@ def activation_name(node: fx.Node) -> str | None:
 
 
 def returns_its_input(node: fx.Node) -> bool:
-    """Whether `node` returns its first argument itself: dropout in eval mode, a cast to the dtype it has."""
+    """Whether `node` returns its first argument itself: dropout in eval mode, a cast to the dtype it has, what leaves
+    autograd, which no graph of the passes has."""
+    if node.target is aten.detach_.default:
+        return True
     if node.target in _DROPOUTS:
         return bind_arguments(node)["train"] is False
     return node.target in CASTS and node.target is not aten._to_copy.default and _casts_nothing(node)

@@ -13,6 +13,7 @@ from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
+from fanin_compile.passes.fuse_append_attention import fuse_append_attention
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
 from fanin_compile.passes.lower_depthwise import lower_depthwise
@@ -34,6 +35,7 @@ PIPELINE: tuple[Pass, ...] = (
     condense_linear,
     condense_conv,
     lower_depthwise,  # which of them stand beside condensed ones is known now
+    fuse_append_attention,  # after neurons of heads were removed: what follows them knows torch's attention alone
     lower_max_pool,  # before epilogues are fused: an activation costs less after its maximum
     fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs

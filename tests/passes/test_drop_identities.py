@@ -128,6 +128,50 @@ def test_a_copy_somebody_can_tell_from_its_source_stays(function: Callable[[Tens
     assert _pads_left(function) == 1
 
 
+def _nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape or (0,), dtype=dtype)
+
+
+def _cats_left(function: Callable[[Tensor], object]) -> list[int]:
+    """Of how many tensors those are that stay."""
+    x = randn(2, 3, 4, 5)
+    gm = graph_of(_Function(function), x)
+    assert calls(gm, torch.ops.aten.cat.default)
+    run(gm, drop_identities, inputs=(x,))
+    assert not calls(gm, torch.ops.aten.detach_.default)
+    return [len(node.args[0]) for node in calls(gm, torch.ops.aten.cat.default)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat([torch.tensor([]), x + 1], -2) * 2,  # as a cache begins
+        lambda x: torch.cat([_nothing(2, 3, 0, 5), x + 1, _nothing()], -2) * 2,
+        lambda x: torch.cat([x]) * 2,
+    ],
+)
+def test_a_concatenation_with_nothing_goes(function: Callable[[Tensor], object]) -> None:
+    assert _cats_left(function) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"),
+    [
+        (lambda x: torch.cat([_nothing(), x, _nothing(), x], 1) * 2, 2),
+        (lambda x: torch.cat([_nothing(2, 0, 4, 5), x, x], 1) * 2, 3),
+        (lambda x: torch.cat([_nothing(), x], 1), 1),
+        (lambda x: torch.cat([_nothing(), x], 1).view(-1), 1),
+        # the copy can be viewed, its source cannot
+        (lambda x: torch.cat([_nothing(), x.transpose(1, 2)], 1).view(-1) * 2, 1),
+        (lambda x: torch.cat([_nothing(dtype=torch.float64), x], 1) * 2, 2),
+        (lambda x: (y := torch.cat([_nothing(), x], 1), y.mul_(2), x + y)[2], 1),
+        (lambda x: torch.cat([_nothing(), _nothing()]) * x.sum(), 2),
+    ],
+)
+def test_other_concatenations_stay(function: Callable[[Tensor], object], tensors: int) -> None:
+    assert _cats_left(function) == [tensors]
+
+
 def test_mobilenets_pads_of_zero_go() -> None:
     case = make_model("mobilenet_v2", small=True, batch=1)
     model, x = OneInput(case), next(iter(case.inputs.values()))

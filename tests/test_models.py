@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree as pytree
 
 import fanin_compile
 from fanin_compile.backend import Compilation, record
-from fanin_compile.bench.models import MAKERS, ModelCase, OneInput, make_model, mask_constant_fan_in, maskable
+from fanin_compile.bench.models import (
+    MAKERS,
+    ModelCase,
+    OneInput,
+    compared,
+    make_model,
+    mask_constant_fan_in,
+    maskable,
+)
 from fanin_compile.mask import MaskedWeight, masked_weights
 from fanin_compile.options import Options
 from fanin_compile.train import SRigL
@@ -123,7 +132,7 @@ def _train(model: OneInput, x: Tensor, names: list[str]) -> None:
         "dense_first": False,
     }
     sparse = SRigL(model, optimizer, sparsity=0.75, **any_type(options))
-    model(x).square().mean().backward()
+    compared(model(x)).square().mean().backward()
     optimizer.step()
     sparse.step()
     sparse.finalize()
@@ -131,20 +140,22 @@ def _train(model: OneInput, x: Tensor, names: list[str]) -> None:
     optimizer.zero_grad()
 
 
-def _assert_as_exact(model: OneInput, x: Tensor, *outputs: Tensor) -> None:
-    """Each output is as close to the fp64 model as the fp32 masked dense model is, up to a factor."""
+def _assert_as_exact(model: OneInput, x: Tensor, *outputs: object) -> None:
+    """Each tensor of an output is as close to the fp64 model's as the fp32 masked dense model's is, up to a factor."""
     exact_model = any_type(model_in_fp64(model))
     exact_model._others = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in model._others.items()
     }
-    exact = exact_model(x.double() if x.is_floating_point() else x)
-    scale = exact.abs().max()
-    dense_error = (model(x) - exact).abs().max() / scale
+    expected = pytree.tree_leaves(exact_model(x.double() if x.is_floating_point() else x))
+    dense = pytree.tree_leaves(model(x))
     for output in outputs:
-        assert output.shape == exact.shape
-        error = (output - exact).abs().max() / scale
-        assert error <= 4 * dense_error + 1e-6, f"{error:.1e}, dense {dense_error:.1e}"
+        for tensor, dense_tensor, exact in zip(pytree.tree_leaves(output), dense, expected, strict=True):
+            scale = exact.abs().max()
+            dense_error = (dense_tensor - exact).abs().max() / scale
+            assert tensor.shape == exact.shape
+            error = (tensor - exact).abs().max() / scale
+            assert error <= 4 * dense_error + 1e-6, f"{error:.1e}, dense {dense_error:.1e}"
 
 
 def _condensed_layers(compilations: list[Compilation]) -> int:

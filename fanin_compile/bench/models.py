@@ -25,15 +25,30 @@ class ModelCase:
     model: nn.Module
     inputs: Mapping[str, Any]
     output: str | None  # the field of the model's output to compare; None: the output is a tensor
+    keeps_cache: bool = False  # the next call would read the keys and values of this one
 
     def tensor(self, output: Any) -> Tensor:
         value = output if self.output is None else getattr(output, self.output)
         assert isinstance(value, Tensor)
         return value
 
+    def result(self, output: Any) -> Tensor | tuple[Tensor, ...]:
+        """The tensor to compare, with the cache behind it where it is kept."""
+        if not self.keeps_cache:
+            return self.tensor(output)
+        layers = output.past_key_values.layers
+        return (self.tensor(output), *(t for layer in layers for t in (layer.keys, layer.values)))
+
+
+def compared(result: object) -> Tensor:
+    """The tensor to compare in what OneInput returns."""
+    tensor = result[0] if isinstance(result, tuple | list) else result
+    assert isinstance(tensor, Tensor)
+    return tensor
+
 
 class OneInput(nn.Module):
-    """A case as a function of its first input alone, returning the tensor to compare."""
+    """A case as a function of its first input alone, returning the case's result()."""
 
     def __init__(self, case: ModelCase) -> None:
         super().__init__()
@@ -42,8 +57,8 @@ class OneInput(nn.Module):
         self._key, *others = case.inputs
         self._others = {key: case.inputs[key] for key in others}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._case.tensor(self.model(**{self._key: x}, **self._others))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self._case.result(self.model(**{self._key: x}, **self._others))
 
 
 Maker = Callable[[Any, bool, int], ModelCase]  # (transformers, small, batch)
@@ -163,10 +178,12 @@ def _gpt2(t: Any, small: bool, batch: int) -> ModelCase:
 class OneTokenDecode(nn.Module):
     """GPT-2's step for one new token, the keys and values of the tokens before it being part of the state."""
 
-    def __init__(self, model: nn.Module, past: list[tuple[Tensor, Tensor]], cache_class: Any) -> None:
+    def __init__(
+        self, model: nn.Module, past: list[tuple[Tensor, Tensor]], cache_class: Any, layer_class: Any
+    ) -> None:
         super().__init__()
         self.model = model
-        self._past, self._cache_class = past, cache_class
+        self._past, self._cache_class, self._layer_class = past, cache_class, layer_class
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._past = [(fn(keys), fn(values)) for keys, values in self._past]
@@ -175,8 +192,11 @@ class OneTokenDecode(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Any:
         cache = self._cache_class()
-        for layer, (keys, values) in enumerate(self._past):
-            cache.update(keys, values, layer)
+        for keys, values in self._past:
+            layer = self._layer_class()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # as the step before left them; an update would copy them
+            cache.layers.append(layer)
         return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
 
 
@@ -186,8 +206,9 @@ def _decode(t: Any, small: bool, batch: int, *, head: bool) -> ModelCase:
     shape = (batch, config.n_head, 7 if small else 127, config.n_embd // config.n_head)
     past = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.n_layer)]
     ids = torch.randint(0, config.vocab_size, (batch, 1))
-    decode = OneTokenDecode(model, past, t.DynamicCache)
-    return ModelCase("gpt2-decode", decode, {"input_ids": ids}, "logits" if head else "last_hidden_state")
+    decode = OneTokenDecode(model, past, t.DynamicCache, t.DynamicLayer)
+    output = "logits" if head else "last_hidden_state"
+    return ModelCase("gpt2-decode", decode, {"input_ids": ids}, output, keeps_cache=True)
 
 
 @_maker("gpt2-decode")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fanin_compile.backend import Compilation, record
 from fanin_compile.bench.models import mask_constant_fan_in
@@ -73,6 +74,6 @@ def test_a_decoding_loop(name: str, padded: bool, monkeypatch: pytest.MonkeyPatc
     assert [len(_lowered(c)) for c in compilations] == [2] * len(compilations)
     # of a fixed length and of any, twice with a mask: as often as torch compiles by itself
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     _decode(model, torch.compile(model, backend=counter), padded=padded)
     assert len(compilations) == counter.frame_count <= 2 + padded

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fanin_compile.ops_attention import append_attend, attend_appended, reference_append_attend
@@ -103,7 +104,7 @@ def test_many_queries_run_by_the_reference() -> None:
 @pytest.mark.parametrize("appends", [False, True])
 def test_a_compiled_graph_calls_the_op_and_grows_without_compiling_anew(appends: bool) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
 
     def step(query: Tensor, past_keys: Tensor, keys: Tensor, past_values: Tensor, values: Tensor) -> Any:
         args = (2 * query, past_keys, keys, past_values, values)

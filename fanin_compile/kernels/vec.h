@@ -190,6 +190,11 @@ FANIN_INLINE vf pick(vf v, std::integer_sequence<int, I...>) {
 }
 template <int M, int... I>
 FANIN_INLINE Vec<float, 2 * M> concat(Vec<float, M> a, Vec<float, M> b, std::integer_sequence<int, I...>) {
+#if defined(__AVX512F__)                                      // the compiler goes through memory, and waits for it
+  if constexpr (M == 8)
+    return (Vec<float, 2 * M>)_mm512_castpd_ps(
+        _mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512((__m256)a)), _mm256_castps_pd((__m256)b), 1));
+#endif
   return __builtin_shufflevector(a, b, I...);
 }
 template <int B, int... I>
@@ -216,7 +221,13 @@ FANIN_INLINE vf every_second(vf a, vf b, std::integer_sequence<int, I...>) {
 template <int Later>
 FANIN_INLINE vf every_second(vf a, vf b) { return detail::every_second<Later>(a, b, detail::seq<kLanes>{}); }
 
-FANIN_INLINE vf repeat(vp p) { return detail::repeat(p, detail::seq<kLanes>{}); }
+FANIN_INLINE vf repeat(vp p) {
+#if FANIN_VEC_BYTES == 64 && defined(__AVX512F__)             // the compiler goes through memory, and waits for it
+  return (vf)_mm512_broadcast_f32x4((__m128)p);
+#else
+  return detail::repeat(p, detail::seq<kLanes>{});
+#endif
+}
 
 #if FANIN_VEC_BYTES >= 16
 template <class T>
@@ -232,6 +243,8 @@ template <int B>
 FANIN_INLINE vp piece(vf v) {
 #if FANIN_VEC_BYTES == 32 && defined(__AVX__)                 // the compiler permutes the whole vector first
   return (vp)_mm256_extractf128_ps((__m256)v, B);
+#elif FANIN_VEC_BYTES == 64 && defined(__AVX512F__)
+  return (vp)_mm512_extractf32x4_ps((__m512)v, B);
 #else
   return detail::piece<B>(v, detail::seq<kPiece>{});
 #endif

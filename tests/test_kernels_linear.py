@@ -285,7 +285,8 @@ def test_gelu_is_accurate_relative_to_its_argument(activation: str) -> None:
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_activations_of_extreme_arguments(activation: str) -> None:
     x = torch.tensor([0.0, -0.0, 6.0, 6.5, 1e38, -1e38, 1e-40, math.inf, -math.inf, math.nan] * 2)
-    y, expected = activated(x, activation), ops.ACTIVATIONS[activation].forward(x)
+    y = activated(x, activation)
+    expected = exact(x, activation).float()  # torch's own fp32 kernels differ: with AVX-512 gelu(inf) is NaN
     # x * sigmoid(x) at -inf is NaN by the formula, 0 by the limit: torch's own kernels give either
     finite = ~(x.isneginf() & (activation in ("gelu", "gelu_tanh", "silu", "hardswish")))
     torch.testing.assert_close(y[finite], expected[finite], equal_nan=True, rtol=1e-6, atol=1e-37)

@@ -70,7 +70,7 @@ FANIN_INLINE vf activate(vf x) {
   if constexpr (A == Act::gelu_tanh)                          // 0.5 (1 + tanh u) = sigmoid(2 u)
     return x * sigmoid(x * (1.59576912f + 0.0713548162f * (x * x)));
   if constexpr (A == Act::silu) return x * sigmoid(x);
-  if constexpr (A == Act::hardswish) return x * clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+  if constexpr (A == Act::hardswish) return x * (clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
   if constexpr (A == Act::sigmoid) return sigmoid(x);
   if constexpr (A == Act::tanh) return tanh(x);
   return x;

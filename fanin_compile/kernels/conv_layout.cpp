@@ -33,6 +33,8 @@ int64_t tile_parts(const Dims& block) {
 
 // Cycles that a vector takes to be packed (transposes into the lanes) and stored, and what a run takes beside its FMAs.
 constexpr double kPacking = 9, kStoring = 11, kRun = 20;
+constexpr double kScattering = 2 * kLanes;      // stored lane by lane, where a tile's rows are too short to be transposed
+constexpr double kProduct = kLanes > 8 ? 0.7 : 0.5;           // FMAs that load 64 bytes do not run at two a cycle
 constexpr double kFar = 6;                      // more, of a packed vector, where a unit does not stay in L2
 
 // Cycles that an image takes, roughly: what ranks the ways to spread blocks over lanes.
@@ -41,15 +43,16 @@ double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
   const int64_t tiles = l.block[0] * ceil_div(l.block[1], parts) * ceil_div(l.block[2], tile_vectors(l.block));
   const double outputs = static_cast<double>(l.block[0] * l.block[1] * l.block[2]);
   const double tile = outputs / static_cast<double>(tiles);
-  // two loads a cycle, but four cycles for each link of a chain; a run loads and stores its sums and ends by surprise
-  const double run = std::max(4.0, 0.5 * tile + 0.6) * fan_in + (1.5 * tile + kRun) * static_cast<double>(l.chunks(s));
+  // loads limit products, and a chain takes four cycles for each link; a run loads and stores its sums and ends by surprise
+  const double run = std::max(4.0, kProduct * tile + 0.6) * fan_in + (1.5 * tile + kRun) * static_cast<double>(l.chunks(s));
+  const double storing = tile_vectors(l.block) < kPiece ? kScattering : kStoring;
   // rows of outputs in a unit: the inputs between it and the next one are packed twice
   const int64_t row = l.pitch * kLanes * phases * s.in_channels * int64_t{sizeof(float)};
   const int64_t rows = std::min(std::max(kUnitBytes / row - span[1], parts), l.block[1]);
   const double packing = kPacking + ((rows + span[1]) * row > kUnitBytes * 3 / 2 ? kFar : 0.0);
   const double packed = static_cast<double>((l.block[0] + span[0]) * l.pitch * phases) *
                         static_cast<double>(ceil_div(l.block[1], rows) * (rows + span[1]));
-  return (static_cast<double>(s.out_channels) * (static_cast<double>(tiles) * run + kStoring * outputs) +
+  return (static_cast<double>(s.out_channels) * (static_cast<double>(tiles) * run + storing * outputs) +
           static_cast<double>(s.in_channels) * packing * packed) /
          static_cast<double>(l.images);
 }

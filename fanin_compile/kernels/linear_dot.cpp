@@ -1,7 +1,9 @@
 // One batch row: four rows at a time are dot products with gathered inputs.
-// Eight non-zeros at once: one vector load of values, eight scalar loads of x placed into a vector, one FMA.
+// Eight non-zeros at once: one vector load of values, eight scalar loads of x placed into a vector, one FMA. Where registers
+// can be looked up (linear_lookup.h), 16 at once from inputs found before.
 #include "dispatch.h"
 #include "linear.h"
+#include "linear_lookup.h"
 #include "linear_stream.h"
 #include "vec.h"
 
@@ -80,6 +82,37 @@ __attribute__((noinline)) void run(  // inlined, its loop is short of registers:
   }
 }
 
+#if defined(FANIN_LOOKUP)
+constexpr int64_t kAhead = 512;                 // entries whose x is looked up before it is used
+
+// The same, x looked up beforehand for several groups: as many as make kAhead entries.
+template <class V>
+__attribute__((noinline)) void run(const V* w, const uint8_t* c, const Group* group, int64_t groups, const float* x, int64_t width,
+                                   float* sums) {
+  using v16 = Vec<float, 16>;
+  alignas(64) float found[kAhead + 8 * 128 + Lookup::kStep];
+  const Lookup lookup(x, width + 1);
+  for (const Group* end = group + groups; group < end;) {
+    int64_t entries = 0;
+    const Group* stop = group;
+    while (stop < end && entries < kAhead) entries += 8 * int64_t{stop++->pairs};
+    request(c, c + entries, 4096 / sizeof(V));
+    lookup(c, entries, found);
+    c += entries;
+    for (const float* p = found; group < stop; ++group) {
+      const V* last = w + 8 * int64_t{group->pairs};
+      request(w, last, 4096);
+      v16 acc{};
+      for (; last - w >= 16; w += 16, p += 16) acc += widen<16>(w) * load_raw<v16>(p);
+      v8 half = __builtin_shufflevector(acc, acc, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(acc, acc, 8, 9, 10, 11, 12, 13, 14, 15);
+      if (w < last) half += widen<8>(w) * load_raw<v8>(p), w += 8, p += 8;
+      const v4 sum = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+      for (int r = 0; r < 4; ++r) sums[group->row[r]] += sum[r];
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 void pack_row(const Linear& op, int64_t b, float* out) {
@@ -100,7 +133,11 @@ void run_row(const Linear& op, int64_t block, const float* x, float* y) {
     const int64_t count = s[1].group - s->group;
     with_dtype(op.value_type, [&](auto v) {
       const auto* values = static_cast<const decltype(v)*>(op.values) + s->entry;
+#if defined(FANIN_LOOKUP)
+      if (w.column_bytes == 1) run(values, w.columns() + s->entry, groups, count, x, w.width, y);
+#else
       if (w.column_bytes == 1) run(values, w.columns() + s->entry, groups, count, x, y);
+#endif
       else run(values, reinterpret_cast<const uint16_t*>(w.columns()) + s->entry, groups, count, x, y);
     });
   }

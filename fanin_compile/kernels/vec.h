@@ -112,7 +112,11 @@ FANIN_INLINE Vec<float, N> widen(const float* p) { return load_raw<Vec<float, N>
 
 template <int N>
 FANIN_INLINE Vec<float, N> widen(const bf16* p) {
-#if defined(__AVX2__)                                          // the compiler converts in two halves
+#if defined(__AVX512F__)                                       // the compiler converts in several parts, all of these
+  if constexpr (N == 16)
+    return (Vec<float, N>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(p)), 16);
+#endif
+#if defined(__AVX2__)
   if constexpr (N == 8)
     return (Vec<float, N>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_raw<__m128i>(p)), 16);
   if constexpr (N == 4)
@@ -124,6 +128,9 @@ FANIN_INLINE Vec<float, N> widen(const bf16* p) {
 
 template <int N>
 FANIN_INLINE Vec<float, N> widen(const f16* p) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return (Vec<float, N>)_mm512_cvtph_ps(load_raw<__m256i>(p));
+#endif
 #if defined(__F16C__)
   if constexpr (N == 8) return (Vec<float, N>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   if constexpr (N == 4) return (Vec<float, N>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -152,6 +159,12 @@ FANIN_INLINE void narrow(bf16* p, Vec<float, N> v) {
 
 template <int N>
 FANIN_INLINE void narrow(f16* p, Vec<float, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    store_raw(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
 #if defined(__F16C__)
   if constexpr (N == 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));

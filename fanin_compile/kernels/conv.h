@@ -64,7 +64,7 @@ struct Layout {
   int64_t span;                 // largest tap
   std::vector<Tile> tiles;
   std::vector<int64_t> unit;    // [units + 1] first tile of each unit: tiles packed together
-  int64_t unit_tiles;           // of the largest
+  int64_t unit_tiles, unit_rows;                // of the largest: tiles, and rows of all of them
   int64_t plane, channel;       // floats of one phase, and of one channel; pointwise: of one channel in one tile
   std::vector<Weave> weaves;    // [units], spatial layers only, as all of these:
   int64_t columns;              // of a row that are read: whole pieces
@@ -81,7 +81,7 @@ struct Layout {
   int64_t units() const { return static_cast<int64_t>(unit.size()) - 1; }
   int64_t at(const Tile& t) const { return pointwise ? t.x : (t.z * rows + t.y) * pitch + t.x; }
   int64_t stop(const Tile& t) const { return at(t) + (t.parts - 1) * pitch + t.vectors; }
-  int64_t parts(int64_t blocks) const { return blocks > 1 ? blocks : unit_tiles; }   // of a unit, at most
+  int64_t parts(int64_t blocks) const { return blocks > 1 ? blocks : unit_rows; }    // of a unit, at most
   int64_t chunk_channels() const { return chunk + (together > 1); }     // as packed
   int64_t chunks(const Shape& s) const { return (s.in_channels + chunk - 1) / chunk; }
   int64_t packed_channels(const Shape& s) const { return pointwise ? chunks(s) * chunk_channels() : s.in_channels; }
@@ -148,7 +148,7 @@ struct Op {
 
 // Floats of scratch that a run() needs on its thread.
 int64_t scratch_floats(const Op& op);
-// What of a unit one thread computes: of its `parts` equal parts of blocks of rows, or of its tiles where there is one block.
+// What of a unit one thread computes: of its `parts` equal parts of blocks of rows, or of its tiles' rows where there is one block.
 struct Part {
   int64_t part, parts;
 };

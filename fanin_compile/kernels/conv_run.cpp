@@ -3,6 +3,7 @@
 #include <array>
 #include <bit>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -280,12 +281,13 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Layout& l = op.geometry->layout;
   const Tile* first = l.tiles.data() + l.unit[unit];
   const auto cut = [&](int64_t count, int64_t at) { return count * at / part.parts; };
-  const int64_t tiles = l.unit[unit + 1] - l.unit[unit];
   const bool by_block = w.blocks > 1;
   const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
-  const Tile* begin = first + (by_block ? 0 : cut(tiles, part.part));
-  const Tile* end = first + (by_block ? tiles : cut(tiles, part.part + 1));
-  if (first_block == last_block || begin == end) return;
+  // of one block, threads share the rows of all tiles
+  const Tile* last = l.tiles.data() + l.unit[unit + 1];
+  const int64_t rows = std::accumulate(first, last, int64_t{0}, [](int64_t sum, const Tile& tile) { return sum + tile.parts; });
+  const int64_t first_row = by_block ? 0 : cut(rows, part.part), last_row = by_block ? rows : cut(rows, part.part + 1);
+  if (first_block == last_block || first_row == last_row) return;
   const Parts parts(op);
   float *sums = scratch, *widened = scratch + parts.values, *planes = scratch + parts.planes;
   uint32_t* decoded = reinterpret_cast<uint32_t*>(scratch + parts.offsets);
@@ -302,12 +304,16 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
                       (op.act == Act::none || op.act == Act::relu || op.act == Act::relu6);
   const Decoder decode(l, w.taps);
   const int64_t chunks = w.chunks(), tile_step = l.packed_channels(op.geometry->shape) * l.channel;
-  for (const Tile* tile = begin; tile < end; ++tile) {
-    const bool finished = places_of(op, image, *tile, places) && simple;
+  int64_t row = 0;
+  for (const Tile* whole = first; whole < last; row += whole->parts, ++whole) {
+    const int64_t from = std::clamp<int64_t>(first_row - row, 0, whole->parts), to = std::clamp<int64_t>(last_row - row, 0, whole->parts);
+    if (from == to) continue;
+    const Tile tile{whole->z, whole->y + from, whole->x, static_cast<int>(to - from), whole->vectors};
+    const bool finished = places_of(op, image, tile, places) && simple;
     target.y = static_cast<float*>(op.y) + places.at[0][0];
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
-    const float* x = planes + (l.pointwise ? (tile - first) * tile_step : (l.at(*tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
-    const Kernel accumulate = kernel(*tile, l.together);
+    const float* x = planes + (l.pointwise ? (whole - first) * tile_step : (l.at(tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
+    const Kernel accumulate = kernel(tile, l.together);
     for (int64_t block = first_block; block < last_block; ++block) {
       target.live = w.rows() + w.first_row(block);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -329,7 +335,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
           accumulate(runs);
         }
       }
-      if (!finished) store(op, *tile, places, sums, w.first_row(block), w.first_row(block + 1));
+      if (!finished) store(op, tile, places, sums, w.first_row(block), w.first_row(block + 1));
     }
   }
 }

@@ -67,6 +67,22 @@ def test_the_key_covers_sources_flags_and_torch(tiny: Path, monkeypatch: pytest.
     assert len(keys) == 5
 
 
+@pytest.mark.parametrize("capability", build.CAPABILITY_FLAGS)
+def test_narrower_instructions_are_another_library(
+    tiny: Path, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    source, files = tiny / "tiny.cpp", sorted(tiny.iterdir())
+    command, key = build.compile_command(source, source), build._key(files)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    assert set(build.compile_command(source, source)) - set(command) == set(build.CAPABILITY_FLAGS[capability])
+    assert build._key(files) != key
+    macros = [*build.compile_command(source, source)[:-4], "-dM", "-E", "-x", "c++", os.devnull]
+    defined = subprocess.run(macros, capture_output=True, check=True, text=True).stdout
+    assert "__AVX512F__" not in defined
+    assert ("__AVX__" in defined) <= (capability == "avx2")
+
+
 def test_processes_that_build_at_once_share_one_library(tiny: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from fanin_compile.kernels import build;"

@@ -60,6 +60,16 @@ def inductor_frozen(model: nn.Module, x: Tensor) -> Run:
     return lambda: compiled(x)
 
 
+def frozen(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Compiled with its weights packed by freezing, for the memory format of x: oneDNN's convolutions at their best."""
+    from torch._inductor import config
+
+    compiled = torch.compile(model, dynamic=False)
+    with config.patch(freezing=True, layout_optimization=not x.is_contiguous()), torch.no_grad():
+        compiled(x)
+    return lambda: compiled(x)
+
+
 def csr(model: nn.Module, x: Tensor) -> Run | None:
     """torch.sparse CSR through F.linear, layer by layer."""
     if not isinstance(model, nn.Linear):

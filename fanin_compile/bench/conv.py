@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fanin_compile.bench.cases import constant_fan_in_mask
+from fanin_compile.bench.contenders import frozen
 from fanin_compile.bench.measure import expect_agreement, geometric_mean
 from fanin_compile.bench.output import Target
 from fanin_compile.bench.roofline import roofline
@@ -73,9 +74,9 @@ class ConvRow:
     """One case: median microseconds a call.
 
     Attributes:
-        dense: the memory format in which dense was fastest.
-        ratio: dense_us / ours_us, x in the same contiguous format that ours reads.
-        ours_channels_last_us: of the same layer on a channels_last x.
+        dense: the form of dense that left ours the least: a memory format, eager or compiled with frozen weights.
+        ours_us: called as that form is: eager, or compiled, as a compiled call has a cost of its own; x contiguous.
+        ours_channels_last_us: eager, of the same layer on a channels_last x.
         macs_per_ns: useful multiply-adds, over all threads.
         kernel: its size in one dimension.
     """
@@ -121,6 +122,7 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
     mask = constant_fan_in_mask(shape[0], math.prod(shape[1:]), sparsity, generator).view(shape)
     weight = torch.randn(shape, generator=generator) * mask
     condensed, padding = CondensedWeight.from_dense(weight, mask), case.kernel // 2
+    torch._dynamo.reset()
     x = torch.randn(batch, case.fan_in_channels, case.size, case.size, generator=generator)
     x_last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
 
@@ -130,24 +132,31 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
     def ours(x: Tensor) -> Tensor:
         return gather_conv(x, packed.values, packed.structure, None, shape, stride, pads, ones, 1)
 
+    compiled = torch.compile(ours, dynamic=False)
+    dense = nn.Conv2d(shape[1], shape[0], case.kernel, case.stride, padding, bias=False)
+    dense.requires_grad_(False).weight.copy_(weight)
     runs: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: ours(x),
+        "ours frozen": lambda: compiled(x),
         "ours channels_last": lambda: ours(x_last),
         "contiguous": lambda: F.conv2d(x, weight, None, case.stride, padding),
         "channels_last": lambda: F.conv2d(x_last, weight_last, None, case.stride, padding),
+        "contiguous frozen": frozen(dense, x),
+        "channels_last frozen": frozen(dense, x_last),
     }
     exact = F.conv2d(x[:1].double(), weight.double(), None, case.stride, padding)
     for name, run in runs.items():
         expect_agreement(f"{case.name}: {name}", run()[:1], exact)
     times = dict(zip(runs, interleaved(list(runs.values()), seconds), strict=True))
-    dense = min(("contiguous", "channels_last"), key=lambda name: times[name].median)
+    mine = {name: "ours frozen" if name.endswith("frozen") else "ours" for name in list(runs)[3:]}
+    best = min(mine, key=lambda name: times[name].median / times[mine[name]].median)
     return ConvRow(
         name=case.name,
         batch=batch,
         threads=count,
-        dense_us=times[dense].us,
-        dense=dense,
-        ours_us=times["ours"].us,
+        dense_us=times[best].us,
+        dense=best,
+        ours_us=times[mine[best]].us,
         ours_channels_last_us=times["ours channels_last"].us,
         macs_per_ns=batch * condensed.nnz * case.pixels / times["ours"].median,
         target=case.target(batch),

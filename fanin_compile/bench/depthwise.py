@@ -10,6 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from fanin_compile.bench.contenders import frozen
 from fanin_compile.bench.measure import expect_agreement, geometric_mean
 from fanin_compile.ops_depthwise import depthwise_conv
 from fanin_compile.timing import interleaved, threads
@@ -115,7 +116,7 @@ def _row(case: DepthwiseCase, batch: int, count: int, seconds: float) -> Depthwi
         return compiled(x)
 
     formats = (torch.contiguous_format, torch.channels_last)
-    runs = [ours, *(_frozen(dense, x.contiguous(memory_format=format)) for format in formats)]
+    runs = [ours, *(frozen(dense, x.contiguous(memory_format=format)) for format in formats)]
     exact = nn.functional.relu6(
         nn.functional.conv2d(
             dense.pad(x[:1].double()), weight.double(), bias.double(), case.stride, groups=case.channels
@@ -134,16 +135,6 @@ def _row(case: DepthwiseCase, batch: int, count: int, seconds: float) -> Depthwi
         gigabytes_per_second=(x.nbytes + ours().nbytes) / mine.median,
         uses=case.uses,
     )
-
-
-def _frozen(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Compiled with its weights packed by freezing, for the memory format of x."""
-    from torch._inductor import config
-
-    compiled = torch.compile(model, dynamic=False)
-    with config.patch(freezing=True, layout_optimization=not x.is_contiguous()):
-        compiled(x)
-    return lambda: compiled(x)
 
 
 def table(rows: Sequence[DepthwiseRow]) -> str:

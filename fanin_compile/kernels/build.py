@@ -6,6 +6,7 @@ library found under its key is always the right one. Environment:
     FANIN_CACHE_DIR   where libraries are kept (default: $XDG_CACHE_HOME/fanin_compile, ~/.cache/fanin_compile)
     FANIN_CXXFLAGS    flags appended to every compile and link, e.g. -fsanitize=address or -DFANIN_VEC_BYTES=16
     CXX               the compiler (default: the one torch.compile uses)
+    ATEN_CPU_CAPABILITY   avx2 or default: the narrower instruction sets of the host, as torch and inductor then use
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SOURCES = Path(__file__).parent
 KERNEL_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-Wno-psabi")
 BINDING_FLAGS = ("-O1", "-fopenmp")  # calls and checks; what is hot is in the kernels
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+# What torch leaves unused of the host's instructions, by ATEN_CPU_CAPABILITY.
+CAPABILITY_FLAGS = {"avx2": ("-mno-avx512f",), "default": ("-mno-avx",)}
 _load_lock = threading.Lock()
 
 
@@ -107,7 +110,8 @@ def _link_command(objects: list[Path], output: Path) -> list[str]:
 
 
 def _extra_flags() -> list[str]:
-    return shlex.split(os.environ.get("FANIN_CXXFLAGS", ""))
+    capability = CAPABILITY_FLAGS.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ())
+    return [*capability, *shlex.split(os.environ.get("FANIN_CXXFLAGS", ""))]
 
 
 def _key(files: list[Path]) -> str:

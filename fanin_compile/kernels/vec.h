@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__F16C__) || defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 

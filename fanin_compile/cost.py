@@ -6,8 +6,8 @@ A layer of `nnz` active weights out of out x in, on `batch` positions, is estima
     condensed  batch * nnz / condensed_rate(batch)
 
 with rates in multiply-adds per nanosecond. Those of linears are measured on one layer at a few batch sizes and
-interpolated in log(batch); those of convolutions on a pointwise and on a 3x3 layer of ResNet-50. Both sides are rates
-of useful work, so padding, packing and dispatch are in them. There are two sets of them: of one linear called over and
+interpolated in log(batch); those of convolutions on a pointwise and a 3x3 layer of ResNet-50, and on a grouped one as
+ResNeXt has them. Both sides are rates of useful work, so padding, packing and dispatch are in them. There are two sets of them: of one linear called over and
 over, and, for graphs whose dense weights exceed the last-level cache, of several in turn, as there each call finds its
 weights in memory, which a few batch rows do not make up for: dense reads ten times the bytes at 90 %.
 """
@@ -45,7 +45,8 @@ log = logging.getLogger("fanin_compile")
 
 BATCHES = (1, 4, 16, 64, 256)
 REFERENCE = (1024, 1024)  # out, in: leaves L2 as a dense weight, so that its traffic is in the rate
-CONVOLUTIONS = ((128, 512, 1, 28), (128, 128, 3, 28))  # out, in, kernel, output height and width
+# out, in, kernel, output height and width, groups
+CONVOLUTIONS = ((128, 512, 1, 28, 1), (128, 128, 3, 28, 1), (256, 256, 3, 14, 32))
 SPARSITY = 0.9
 FEW = 16  # batch rows up to which reading the weights is what a dense layer waits for
 MARGIN = 0.95  # a layer is condensed if it is estimated to take less than this share of the dense time
@@ -103,9 +104,9 @@ def gate(layer: Layer, *, streamed: bool = False) -> Skip | None:
     Args:
         streamed: dense weights come from memory, not from cache.
     """
-    if layer.groups != 1:
-        # measured: oneDNN's depthwise kernels are memory bound, there is nothing to gain
-        return Skip(layer.name, "grouped convolutions are faster dense", {"groups": layer.groups})
+    if layer.groups > 1 and layer.shape[1] == 1:
+        # measured: dense depthwise kernels are memory bound, there is nothing to gain
+        return Skip(layer.name, "depthwise convolutions are as fast dense", {"groups": layer.groups})
     threads = torch.get_num_threads()
     rates = host_rates(threads, streamed=True) if streamed else host_rates(threads)
     dense, condensed = rates.dense_us(layer), rates.condensed_us(layer)
@@ -173,14 +174,16 @@ def _linear_rates(batch: int, seconds: float, copies: int) -> tuple[float, float
     return _rates(run_dense, run_condensed, macs * dense.numel(), macs * weight.nnz, seconds)
 
 
-def _conv_rates(out: int, channels: int, kernel: int, size: int, seconds: float) -> tuple[float, float]:
-    dense, weight = _masked((out, channels, kernel, kernel))
+def _conv_rates(
+    out: int, channels: int, kernel: int, size: int, groups: int, seconds: float
+) -> tuple[float, float]:
+    dense, weight = _masked((out, channels // groups, kernel, kernel))
     x, padding = torch.randn(1, channels, size, size), kernel // 2
     pads, ones = [padding, padding], [1, 1]
-    packed = pack_conv(weight, stride=ones, padding=pads, dilation=ones, groups=1)
-    args = (x, packed.values, packed.structure, None, weight.shape, ones, pads, ones, 1)
+    packed = pack_conv(weight, stride=ones, padding=pads, dilation=ones, groups=groups)
+    args = (x, packed.values, packed.structure, None, weight.shape, ones, pads, ones, groups)
     return _rates(
-        lambda: F.conv2d(x, dense, padding=padding),
+        lambda: F.conv2d(x, dense, padding=padding, groups=groups),
         lambda: torch.ops.fanin.gather_conv(*args),
         size * size * dense.numel(),
         size * size * weight.nnz,
@@ -214,8 +217,9 @@ def _rates(
 def _rate(layer: Layer, linear: Sequence[float], convolutions: Sequence[float]) -> float:
     if layer.op == "linear":
         return _interpolate(linear, layer.batch)
-    pointwise = math.prod(layer.shape[2:]) == 1
-    return convolutions[0 if pointwise else 1]
+    if layer.groups > 1:
+        return convolutions[2]
+    return convolutions[0 if math.prod(layer.shape[2:]) == 1 else 1]
 
 
 def _interpolate(rates: Sequence[float], batch: int) -> float:

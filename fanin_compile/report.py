@@ -17,9 +17,10 @@ from fanin_compile import backend
 from fanin_compile.condense import Candidate, candidates, packed_nbytes, unsupported
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.export import MODEL, RESULT
-from fanin_compile.graph import PipelineResult
+from fanin_compile.graph import LAYER, PipelineResult
 from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
+from fanin_compile.records import Layer
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LayerReport:
         fan_in: least and most inputs of an active neuron.
         macs_before, macs_after: None where they depend on inputs that were not given.
         became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused, and the layer it is
-            chained into or onto) or "dense".
+            chained into or onto), "dense", or "dense, narrowed" to the neurons that are active and read.
         reason: why a layer was left dense, with the values that decided it.
         changes: what else was done to the layer (neurons removed, constants folded), and what was refused.
     """
@@ -51,7 +52,7 @@ class LayerReport:
 
     @property
     def rewritten(self) -> bool:
-        return self.became != "dense"
+        return not self.became.startswith("dense")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,8 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
     reasons: dict[str, list[str]] = {}
     for skip in result.skipped:
         reasons.setdefault(skip.layer, []).append(str(skip))
+    nodes = result.graph_module.graph.nodes
+    now: dict[str, Layer] = {layer.name: layer for layer in (n.meta.get(LAYER) for n in nodes) if layer}
     for layer in result.found:
         done = [r for r in result.rewritten if r.layer == layer.name]
         became = next((r for r in done if r.bytes is not None), None)
@@ -205,6 +208,10 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
         chained = [f", {r.detail}" for r in done if r.became == "chain"]
         stored = next((r.stored for r in done if r.stored is not None), became and became.bytes)
         refused = reasons.get(layer.name, [])
+        # one left dense may have lost its ablated neurons, and columns that nobody fills
+        dense = now.get(layer.name, layer) if became is None else layer
+        dense_bytes = layer.dense_bytes * dense.dense_size // max(layer.dense_size, 1)
+        left = "dense" if dense.shape == layer.shape else "dense, narrowed"
         yield LayerReport(
             name=layer.name,
             op=layer.op,
@@ -214,10 +221,10 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             ablated=layer.ablated,
             bytes_before=layer.dense_bytes,
             # as in dense_bytes, a weight counts once
-            bytes_after=stored if stored and layer.dense_bytes else layer.dense_bytes,
+            bytes_after=stored if stored and layer.dense_bytes else dense_bytes,
             macs_before=layer.dense_macs,
-            macs_after=layer.dense_macs if became is None else became.macs,
-            became="dense" if became is None else " ".join([became.became, *fused]) + "".join(chained),
+            macs_after=dense.dense_macs if became is None else became.macs,
+            became=left if became is None else " ".join([became.became, *fused]) + "".join(chained),
             reason="" if became is not None else (refused or ["no pass took it"])[-1],
             changes=(
                 *(r.detail for r in done if r.became in ("activation", "folded", "narrowed")),

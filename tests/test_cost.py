@@ -19,8 +19,8 @@ RATES = Rates(
     1,
     dense=(1.0, 2.0, 4.0, 8.0, 16.0),
     condensed=(1.0, 1.0, 1.0, 1.0, 1.0),
-    conv_dense=(2.0, 8.0),
-    conv_condensed=(1.0, 0.5),
+    conv_dense=(2.0, 8.0, 0.4),
+    conv_condensed=(1.0, 0.5, 0.1),
 )
 
 
@@ -56,10 +56,20 @@ def test_convolutions_have_rates_of_their_own_by_kernel() -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_grouped_convolutions_stay_dense() -> None:
-    skip = cost.gate(_layer(op="conv2d", kernel=(3, 3), groups=4))
+def test_depthwise_convolutions_stay_dense() -> None:
+    layer = Layer("fc", "conv2d", (100, 1, 3, 3), (1, 1), 100, 0, 3600, 900, 1, groups=100)
+    skip = cost.gate(layer)
     assert skip is not None
-    assert skip.values == {"groups": 4}
+    assert skip.values == {"groups": 100}
+
+
+@pytest.mark.usefixtures("cache")
+def test_grouped_convolutions_have_a_rate_of_their_own() -> None:
+    # 10 % of the work at a quarter of the rate gains; 30 % does not
+    assert cost.gate(_layer(op="conv2d", kernel=(3, 3), groups=4)) is None
+    skip = cost.gate(_layer(op="conv2d", kernel=(3, 3), groups=4, nnz=3 * 90_000 // 10))
+    assert skip is not None
+    assert skip.values["dense"] == "25 us"
 
 
 @settings(max_examples=100)

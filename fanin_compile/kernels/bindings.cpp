@@ -143,8 +143,8 @@ Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& st
 
 // ---- two layers in one call ---------------------------------------------------------------------------------------
 
-constexpr int64_t kHiddenBytes = 448 << 10;    // of packed x and h of a tile: most of a small L2
-constexpr int64_t kHiddenMost = 960 << 10;     // of one vector of lanes: beyond, h is better written to memory
+int64_t hidden_bytes() { return fanin::l2_bytes() / 8 * 7; }    // of packed x and h of a tile
+int64_t hidden_most() { return fanin::l2_bytes() / 8 * 15; }    // of one vector of lanes: beyond, h is better written to memory
 
 void chain_row(const fanin::Chain& chain) {
   const fanin::Structure &w = *chain.first.weight, &w2 = *chain.second.weight;
@@ -224,14 +224,14 @@ Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure,
                     " hidden features", gated ? ", gated" : "", " and ", out_features, " outputs does not fit together");
   const int64_t vector = (fanin::slots(w) + fanin::slots(w2)) * fanin::vector_lanes() * static_cast<int64_t>(sizeof(float));
   const bool halves = !gated || w.blocks % 2 == 0;           // no block has rows of both factors
-  if (vector > kHiddenMost || !halves) return in_two();
+  if (vector > hidden_most() || !halves) return in_two();
   Call call(chain.second, x, w.in, bias2, residual);
   if (call.y.numel() == 0) return call.y;
   const Tensor first_bias = bias ? bias->contiguous() : Tensor();
   chain.first.x = chain.second.x, chain.first.x_stride = chain.second.x_stride, chain.first.batch = chain.second.batch;
   chain.first.bias = bias ? first_bias.const_data_ptr() : nullptr;
   if (chain.first.batch == 1) chain_row(chain);
-  else chain_lanes(chain, std::clamp<int64_t>(kHiddenBytes / vector, 1, fanin::max_vectors()));
+  else chain_lanes(chain, std::clamp<int64_t>(hidden_bytes() / vector, 1, fanin::max_vectors()));
   return call.y;
 }
 

@@ -8,7 +8,7 @@
 namespace fanin::conv {
 namespace {
 
-constexpr int64_t kUnitBytes = 320 << 10;       // x packed at a time: with the sums of a block it stays in L2
+int64_t unit_bytes() { return l2_bytes() / 8 * 5; }             // x packed at a time: with the sums of a block it stays in L2
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,8 +48,8 @@ double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
   const double storing = tile_vectors(l.block) < kPiece ? kScattering : kStoring;
   // rows of outputs in a unit: the inputs between it and the next one are packed twice
   const int64_t row = l.pitch * kLanes * phases * s.in_channels * int64_t{sizeof(float)};
-  const int64_t rows = std::min(std::max(kUnitBytes / row - span[1], parts), l.block[1]);
-  const double packing = kPacking + ((rows + span[1]) * row > kUnitBytes * 3 / 2 ? kFar : 0.0);
+  const int64_t rows = std::min(std::max(unit_bytes() / row - span[1], parts), l.block[1]);
+  const double packing = kPacking + ((rows + span[1]) * row > unit_bytes() * 3 / 2 ? kFar : 0.0);
   const double packed = static_cast<double>((l.block[0] + span[0]) * l.pitch * phases) *
                         static_cast<double>(ceil_div(l.block[1], rows) * (rows + span[1]));
   return (static_cast<double>(s.out_channels) * (static_cast<double>(tiles) * run + storing * outputs) +
@@ -81,7 +81,7 @@ template <class F>
 void cut_units(Layout& l, int64_t across, const F& packed) {
   const int64_t rows = static_cast<int64_t>(l.tiles.size()) / across;
   int64_t most = 1;
-  while (most < rows && packed((most + 1) * across) <= kUnitBytes) ++most;
+  while (most < rows && packed((most + 1) * across) <= unit_bytes()) ++most;
   const int64_t units = ceil_div(rows, most);
   for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * rows / units * across);
   l.unit_tiles = ceil_div(rows, units) * across;

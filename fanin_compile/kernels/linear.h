@@ -64,7 +64,9 @@ struct Chain {
 int64_t vector_lanes();
 int64_t max_vectors();
 inline constexpr int64_t kTileRows = 3072;                    // rows whose sums a thread keeps, if in is too wide for one pass
-inline constexpr int64_t kWindow = 352 << 10;                 // bytes of x packed at a time: most of a small L2
+// Bytes of a core's second-level cache, as the system tells; 512 KiB where it does not.
+int64_t l2_bytes();
+inline int64_t window_bytes() { return l2_bytes() / 16 * 11; }  // of x packed at a time
 
 // Packed x, one chunk after another: [width] columns and one of zeros, of one batch row or of the lanes of a tile.
 inline int64_t slots(const Structure& w) { return w.chunks * (w.width + 1); }

@@ -128,7 +128,7 @@ void run_tile(const Linear& op, int64_t lanes, int64_t block, int64_t chunk0, in
 void linear_lanes(const Linear& op, int64_t lane, int64_t lanes, int64_t first, int64_t last) {
   const Structure& w = *op.weight;
   const int64_t stride = stride_of(lanes), chunk_floats = (w.width + 1) * stride;
-  const int64_t most = kWindow / (chunk_floats * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = window_bytes() / (chunk_floats * static_cast<int64_t>(sizeof(float)));
   const int64_t windows = most >= w.chunks ? 1 : most == 0 ? w.chunks : (w.chunks + most - 1) / most;
   const int64_t step = (w.chunks + windows - 1) / windows;
   // Between windows all sums are kept, otherwise those of a block.

@@ -1,4 +1,6 @@
 // Scratch memory of the linear kernels: allocated by each thread for itself, kept, and grown where a call needs more.
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -34,5 +36,15 @@ float* scratch(int64_t floats, int buffer) {
 }
 
 int64_t scratch_nbytes() { return most; }
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    if (const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE); told > 0) return told;
+#endif
+    return int64_t{512 << 10};
+  }();
+  return bytes;
+}
 
 }  // namespace fanin

@@ -15,6 +15,7 @@
 #include "conv_run.cpp"
 #include "conv_store.cpp"
 #include "conv_weave.cpp"
+#include "linear_scratch.cpp"
 
 using namespace fanin;
 namespace conv = fanin::conv;

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fanin_compile import condense
 from fanin_compile.errors import OptionError
 from fanin_compile.train import SRigL, Static, prune_to_fan_in
 from tests.train_support import (
@@ -58,7 +59,7 @@ def test_training_goes_on_from_a_pruned_model(method: type[SRigL] | type[Static]
         optimizer.step()
     prune_to_fan_in(model, 0.75)
     pruned = parameters(model)
-    sparse = method(model, optimizer, total_steps=20, delta_t=2)
+    sparse = method(model, optimizer, total_steps=20, delta_t=2, sparsity=0.75)
     assert_same_bits(pruned, parameters(model))
     assert_agreement(sparse)
     train(model, optimizer, sparse, 8)
@@ -98,3 +99,65 @@ def test_refusals_leave_the_model_alone(sparsity: float, options: dict[str, Any]
     with pytest.raises(OptionError, match=message):
         prune_to_fan_in(model, sparsity, **options)
     assert_same_bits(before, parameters(model))
+
+
+def assert_masks_are_what_the_model_computes(model: nn.Module) -> None:
+    """No weight is off a mask, so that the compiler, which reads the masks, gives the model's outputs."""
+    for name, mask in model.named_buffers():
+        off = model.get_parameter(name.removesuffix("_mask"))[~mask]
+        assert not off.any(), f"{name}: {int(off.count_nonzero())} weights off it"
+    x = batch(model, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(condense(model)(x), model(x))
+
+
+@pytest.mark.parametrize("allocation", ["erk", "uniform"])
+def test_every_pruned_layer_is_trained_with_its_mask(allocation: Any) -> None:
+    """ERK allots the head density 1 here, and "uniform" leaves a first layer dense; their masks stay in force."""
+    model = mlp(64, 384, 384, 8)
+    prune_to_fan_in(model, 0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    sparse = SRigL(model, optimizer, total_steps=40, delta_t=3, allocation=allocation)
+    assert [layer.name for layer in sparse.layers] == ["0.weight", "2.weight", "4.weight"]
+    train(model, optimizer, sparse, 20)
+    assert_masks_are_what_the_model_computes(sparse.finalize())
+
+
+def test_going_on_with_the_same_options_keeps_dense_layers_dense() -> None:
+    model = mlp(64, 384, 384, 8)
+    plans = []
+    for _ in range(2):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        sparse = SRigL(model, optimizer, total_steps=20, delta_t=3)
+        plans.append(([layer.name for layer in sparse.layers], sparse.plan.dense))
+        train(model, optimizer, sparse, 10)
+        sparse.finalize()
+    assert plans[0] == plans[1] == (["0.weight", "2.weight"], {"4.weight": "allocated density 1"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": "2"}, r"layer '2.weight' has a mask, and would be left dense \(excluded\)"),
+        ({"include": "0"}, r"layer '2.weight' has a mask.*\(not included\)"),
+        ({"dense_first": True}, r"layer '0.weight' has a mask.*\(first layer\)"),
+        ({"overrides": {"2": 0.0}}, r"layer '2.weight' has a mask of sparsity 0.75, which stays; expected 0:"),
+        ({"overrides": {"2": 0.5}}, r"layer '2.weight' has a mask of sparsity 0.75, which stays; expected 0.5"),
+    ],
+)
+def test_leaving_a_pruned_layer_out_is_refused(options: dict[str, Any], message: str) -> None:
+    model = mlp(24, 32, 4)
+    prune_to_fan_in(model, 0.75)
+    before = parameters(model)
+    with pytest.raises(OptionError, match=message):
+        SRigL(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=20, delta_t=2, sparsity=0.75, **options)
+    assert_same_bits(before, parameters(model))
+
+
+def test_masks_of_another_sparsity_stay_and_are_warned_of() -> None:
+    model = mlp(24, 32, 4)
+    prune_to_fan_in(model, 0.5, overrides={"2": 0.75})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="sparsity is 0.9, but the masks that 1 layers have .* sparsity 0.5"):
+        sparse = SRigL(model, optimizer, total_steps=20, delta_t=2, overrides={"2": 0.75})
+    assert [layer.budgets for layer in sparse.layers] == [(12 * 32,), (8 * 4,)]

@@ -314,7 +314,7 @@ def test_a_model_with_masks_starts_from_them_and_keeps_its_weights() -> None:
     sparse = srigl(model)
     train(model, sparse.optimizer, sparse, 5)
     before = parameters(sparse.finalize())
-    again = srigl(model, sparsity=0.5)
+    again = srigl(model)
     assert_same_bits(before, parameters(model))
     assert [x.budgets for x in again.layers] == [(int(x.mask.sum()),) for x in again.layers]
     again.layers[0].mask[0, 0] ^= True

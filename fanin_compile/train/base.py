@@ -48,7 +48,8 @@ class SparseTraining(abc.ABC):
     hooks its gradient: after each backward the dense gradient is recorded when an update is near, then
     masked, so that clipping, gradient scalers and the optimizer see gradients of active weights only. A
     weight that has a mask already (from ``prune_to_fan_in``, or an earlier sparse training) starts from it
-    and keeps its values.
+    and keeps its values, whatever ``allocation`` and ``sparsity`` say; a warning tells when its masks are of
+    another sparsity, and leaving such a weight out is refused.
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -116,7 +117,7 @@ class SparseTraining(abc.ABC):
                 f"delta_t={delta_t} is not below t_end={self.schedule.t_end}: the topology will never change",
                 stacklevel=2,
             )
-        self.plan = make_plan(self.model, sparsity=sparsity, **layer_options)
+        self.plan = make_plan(self.model, sparsity=sparsity, keep_masks=True, **layer_options)
         self.layers = self.plan.sparse
         for layer in self.layers:
             group_of(optimizer, layer)  # raises for a weight that the optimizer does not hold
@@ -151,7 +152,7 @@ class SparseTraining(abc.ABC):
         if layer.has_mask:
             init = "keep"
             mask = from_first_rank(layer.rows(layer.mask))
-            layer.budgets = tuple(int(block.sum()) for block in mask.chunk(layer.blocks))
+            layer.budgets = layer.counts(mask)
         else:
             blocks = [self._first_mask(layer, budget, generator) for budget in layer.budgets]
             mask = from_first_rank(torch.cat(blocks).to(layer.param.device))

@@ -101,6 +101,10 @@ class SparseLayer:
         """A tensor of the Parameter's shape as [neurons, dense fan-in]."""
         return tensor.t() if self.transposed else tensor.flatten(1)
 
+    def counts(self, rows: Tensor) -> tuple[int, ...]:
+        """Active weights of each block of a mask, bool [neurons, dense fan-in]."""
+        return tuple(int(block.sum()) for block in rows.chunk(self.blocks))
+
     def weight_rows(self) -> Tensor:
         """The whole weight, [neurons, dense fan-in], on every rank."""
         return self.rows(gather(local(self.param.detach()), self.param))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -69,11 +70,16 @@ def make_plan(
     exclude: Patterns = (),
     overrides: Mapping[str, float] | None = None,
     mha_blocks: MhaBlocks = "matrix",
+    keep_masks: bool = False,
 ) -> Plan:
-    """Choose the layers and give each its budget of active weights."""
+    """Choose the layers and give each its budget of active weights.
+
+    With ``keep_masks`` a layer that has a mask is sparse with that mask's budget, whatever the allocation rule says.
+    """
     if allocation not in ("erk", "uniform"):
         raise OptionError(f"allocation is {allocation!r}; expected 'erk' or 'uniform'")
     layers, dense = find_layers(model, mha_blocks)
+    masked = {layer.name: layer for layer in layers if keep_masks and layer.has_mask}
     if include is not None:
         included = choose(layers, "include", include)
         dense.update({layer.name: "not included" for layer in layers if layer.name not in included})
@@ -90,7 +96,7 @@ def make_plan(
     refuse_idle("overrides", tuple(own), used, [layer.name for layer in layers])
 
     if dense_first is None:
-        dense_first = allocation == "uniform" and len(layers) > 1
+        dense_first = allocation == "uniform" and len(layers) > 1 and layers[0].name not in masked
     if dense_first and layers and layers[0].name not in density:
         dense.setdefault(layers[0].name, "first layer")
     shapes = {x.name: tuple(x.param.shape) for x in layers if x.name not in dense and x.name not in density}
@@ -99,18 +105,60 @@ def make_plan(
         if allocation == "uniform"
         else erk(shapes, exact(sparsity), erk_power)
     )
+    for name, layer in masked.items():
+        if name in dense:
+            raise OptionError(
+                f"layer {name!r} has a mask, and would be left dense ({dense[name]}), its mask stale; expected it "
+                f"among the sparse layers, or without its buffer {layer.mask_name!r}"
+            )
+        layer.budgets = layer.counts(layer.rows(layer.mask))
+        if name in density:
+            _refuse_another_density(layer, density[name])
     density.update(rule)
+    _warn_of_another_sparsity([x for x in masked.values() if x.name in rule], density, sparsity)
 
     sparse: list[SparseLayer] = []
     for layer in layers:
         if layer.name in dense:
             continue
-        if density[layer.name] >= 1:
-            dense[layer.name] = "allocated density 1"
-            continue
-        layer.budgets = (budget(layer.block_neurons, layer.dense_fan_in, density[layer.name]),) * layer.blocks
+        if layer.name not in masked:
+            if density[layer.name] >= 1:
+                dense[layer.name] = "allocated density 1"
+                continue
+            each = budget(layer.block_neurons, layer.dense_fan_in, density[layer.name])
+            layer.budgets = (each,) * layer.blocks
         sparse.append(layer)
     if not sparse:
         reasons = ", ".join(f"{name}: {reason}" for name, reason in dense.items()) or "the model has none"
         raise OptionError(f"no layer is left to make sparse; expected at least one ({reasons})")
     return Plan(tuple(sparse), dense, layers[-1].name, tuple(layers))
+
+
+def _differs(layers: list[SparseLayer], density: Mapping[str, Fraction]) -> bool:
+    """Whether masks hold other counts than their layers are allotted; whole fan-ins lose up to 1 a neuron."""
+    active = sum(sum(layer.budgets) for layer in layers)
+    wanted = sum(density[layer.name] * layer.param.numel() for layer in layers)
+    return abs(active - wanted) > sum(layer.neurons for layer in layers)
+
+
+def _refuse_another_density(layer: SparseLayer, density: Fraction) -> None:
+    if _differs([layer], {layer.name: density}):
+        raise OptionError(
+            f"overrides: layer {layer.name!r} has a mask of sparsity {_sparsity([layer]):.4g}, which stays; expected "
+            f"{float(1 - density):g}: leave the override out, or delete its buffer {layer.mask_name!r}"
+        )
+
+
+def _warn_of_another_sparsity(
+    layers: list[SparseLayer], density: Mapping[str, Fraction], sparsity: float
+) -> None:
+    if layers and _differs(layers, density):
+        warnings.warn(
+            f"sparsity is {sparsity:g}, but the masks that {len(layers)} layers have already are of sparsity "
+            f"{_sparsity(layers):.4g}; they stay: delete their buffers to draw new ones",
+            stacklevel=4,
+        )
+
+
+def _sparsity(layers: list[SparseLayer]) -> float:
+    return 1.0 - sum(sum(x.budgets) for x in layers) / sum(x.param.numel() for x in layers)

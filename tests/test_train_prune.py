@@ -59,7 +59,8 @@ def test_training_goes_on_from_a_pruned_model(method: type[SRigL] | type[Static]
         optimizer.step()
     prune_to_fan_in(model, 0.75)
     pruned = parameters(model)
-    sparse = method(model, optimizer, total_steps=20, delta_t=2, sparsity=0.75)
+    updates: dict[str, Any] = {"total_steps": 20, "delta_t": 2} if method is SRigL else {}
+    sparse = method(model, optimizer, sparsity=0.75, **updates)
     assert_same_bits(pruned, parameters(model))
     assert_agreement(sparse)
     train(model, optimizer, sparse, 8)
@@ -99,6 +100,11 @@ def test_refusals_leave_the_model_alone(sparsity: float, options: dict[str, Any]
     with pytest.raises(OptionError, match=message):
         prune_to_fan_in(model, sparsity, **options)
     assert_same_bits(before, parameters(model))
+
+
+def test_blocks_which_cannot_change_a_choice_within_each_neuron_are_no_option() -> None:
+    with pytest.raises(TypeError, match="mha_blocks"):
+        prune_to_fan_in(nn.MultiheadAttention(16, 4), 0.5, mha_blocks="head")  # type: ignore[call-arg]
 
 
 def assert_masks_are_what_the_model_computes(model: nn.Module) -> None:
@@ -141,8 +147,14 @@ def test_going_on_with_the_same_options_keeps_dense_layers_dense() -> None:
         ({"exclude": "2"}, r"layer '2.weight' has a mask, and would be left dense \(excluded\)"),
         ({"include": "0"}, r"layer '2.weight' has a mask.*\(not included\)"),
         ({"dense_first": True}, r"layer '0.weight' has a mask.*\(first layer\)"),
-        ({"overrides": {"2": 0.0}}, r"layer '2.weight' has a mask of sparsity 0.75, which stays; expected 0:"),
-        ({"overrides": {"2": 0.5}}, r"layer '2.weight' has a mask of sparsity 0.75, which stays; expected 0.5"),
+        (
+            {"overrides": {"2": 0.0}},
+            r"layer '2.weight' has a mask of sparsity 0.75, which stays; expected 0:",
+        ),
+        (
+            {"overrides": {"2": 0.5}},
+            r"layer '2.weight' has a mask of sparsity 0.75, which stays; expected 0.5",
+        ),
     ],
 )
 def test_leaving_a_pruned_layer_out_is_refused(options: dict[str, Any], message: str) -> None:
@@ -150,7 +162,14 @@ def test_leaving_a_pruned_layer_out_is_refused(options: dict[str, Any], message:
     prune_to_fan_in(model, 0.75)
     before = parameters(model)
     with pytest.raises(OptionError, match=message):
-        SRigL(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=20, delta_t=2, sparsity=0.75, **options)
+        SRigL(
+            model,
+            torch.optim.SGD(model.parameters(), 0.1),
+            total_steps=20,
+            delta_t=2,
+            sparsity=0.75,
+            **options,
+        )
     assert_same_bits(before, parameters(model))
 
 

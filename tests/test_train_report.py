@@ -60,7 +60,7 @@ def test_history_follows_ablation_and_exploration() -> None:
 
 def test_dense_gradients_are_free_once_the_topology_is_final() -> None:
     model = mlp(20, 40, 10)
-    static = Static(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=10, sparsity=0.8)
+    static = Static(model, torch.optim.SGD(model.parameters(), 0.1), sparsity=0.8)
     layer = TrainingReport(static, [batch(model, 0)]).record().layers[0]
     assert layer.inference_macs is not None
     assert layer.training_macs == 3 * layer.inference_macs
@@ -88,7 +88,6 @@ def test_multiply_adds_count_positions_and_tokens() -> None:
     static = Static(
         model,
         torch.optim.SGD(model.parameters(), 0.1),
-        total_steps=10,
         sparsity=0.5,
         allocation="uniform",
         dense_first=False,

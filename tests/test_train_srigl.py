@@ -101,20 +101,19 @@ def test_mask_weight_gradient_and_state_agree_after_every_step(name: str) -> Non
 @given(
     widths=st.lists(st.integers(6, 24), min_size=3, max_size=4),
     sparsity=st.sampled_from([0.3, 0.5, 0.8]),
-    gamma=st.sampled_from([0.0, 0.3, 0.99]),
-    ablation=st.booleans(),
+    ablation=st.sampled_from([{"ablation": False}, *({"gamma_sal": gamma} for gamma in (0.0, 0.3, 0.99))]),
     delta_t=st.integers(1, 3),
     allocation=st.sampled_from(["erk", "uniform"]),
     seed=st.integers(0, 1000),
 )
 def test_constant_fan_in_within_budget_after_every_update(
-    widths: list[int], sparsity: float, gamma: float, ablation: bool, delta_t: int, allocation: Any, seed: int
+    widths: list[int], sparsity: float, ablation: Any, delta_t: int, allocation: Any, seed: int
 ) -> None:
     model = mlp(*widths, seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     sparse = SRigL(
-        model, optimizer, total_steps=16, delta_t=delta_t, sparsity=sparsity, gamma_sal=gamma,
-        ablation=ablation, allocation=allocation, seed=seed, dense_first=False,
+        model, optimizer, total_steps=16, delta_t=delta_t, sparsity=sparsity, allocation=allocation, seed=seed,
+        dense_first=False, **ablation,
     )  # fmt: skip
     for _ in range(16):
         train(model, optimizer, sparse, 1)
@@ -199,25 +198,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "init keep": {"init": "keep"},
     "grad_steps": {"grad_steps": 2},
     "seed": {"seed": 1},
-    "ablation": {"ablation": False},
+    "ablation": {"ablation": False, "gamma_sal": 0.3},
     "gamma_sal": {"gamma_sal": 0.6},
     "ablation_reference": {"ablation_reference": "dense"},
-    "ablate_last": {"ablate_last": True, "gamma_sal": 1.0},
+    "ablate_last": {"ablate_last": True},
     "no_ablation": {"no_ablation": "0"},
 }
 
 
 def masks_after(**options: Any) -> dict[str, Tensor]:
     model = mlp(16, 32, 24, 6)
-    chosen: dict[str, Any] = {"gamma_sal": 0.9} | options
-    sparse = srigl(model, **chosen)
+    sparse = srigl(model, **options)
     train(model, sparse.optimizer, sparse, 20)
     return {layer.name: layer.mask for layer in sparse.layers}
 
 
 @pytest.mark.parametrize("option", VARIANTS)
 def test_every_option_changes_the_result(option: str) -> None:
-    plain, changed = masks_after(), masks_after(**VARIANTS[option])
+    common = {
+        "gamma_sal": 1.0 if option == "ablate_last" else 0.9
+    }  # at 0.9 the last layer stays whole anyway
+    plain, changed = masks_after(**common), masks_after(**common | VARIANTS[option])
     assert plain.keys() != changed.keys() or any(not torch.equal(plain[n], changed[n]) for n in plain)
 
 
@@ -349,6 +350,10 @@ def test_weights_written_off_the_mask_are_reported_at_the_next_update() -> None:
         ({"init": "kaiming"}, "init is 'kaiming'"),
         ({"gamma_sal": 1.5}, "gamma_sal is 1.5"),
         ({"ablation_reference": "k"}, "ablation_reference is 'k'"),
+        ({"ablation": False, "gamma_sal": 0.9}, "ablation is False, with gamma_sal; expected none"),
+        ({"ablation": False, "ablate_last": True, "no_ablation": "0"}, "with ablate_last, no_ablation"),
+        ({"ablation": False, "ablation_reference": "dense"}, "with ablation_reference"),
+        ({"allocation": "uniform", "erk_power": 0.5}, "erk_power is 0.5"),
         ({"mha_blocks": "q"}, "mha_blocks is 'q'"),
         ({"total_steps": 0}, "total_steps is 0"),
         ({"grad_steps": 0}, "grad_steps is 0"),

@@ -28,7 +28,6 @@ class LayerOptions(TypedDict, total=False):
     include: Patterns | None
     exclude: Patterns
     overrides: Mapping[str, float] | None
-    mha_blocks: MhaBlocks
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,25 @@ def make_plan(
     model: nn.Module,
     *,
     sparsity: float,
+    blocks: MhaBlocks,
+    keep_masks: bool,
     allocation: Allocation = "erk",
     erk_power: float = 1.0,
     dense_first: bool | None = None,
     include: Patterns | None = None,
     exclude: Patterns = (),
     overrides: Mapping[str, float] | None = None,
-    mha_blocks: MhaBlocks = "matrix",
-    keep_masks: bool = False,
 ) -> Plan:
     """Choose the layers and give each its budget of active weights.
 
-    With ``keep_masks`` a layer that has a mask is sparse with that mask's budget, whatever the allocation rule says.
+    ``blocks`` is DynamicTraining's mha_blocks. With ``keep_masks`` a layer that has a mask is sparse with that
+    mask's budget, whatever the allocation rule says.
     """
     if allocation not in ("erk", "uniform"):
         raise OptionError(f"allocation is {allocation!r}; expected 'erk' or 'uniform'")
-    layers, dense = find_layers(model, mha_blocks)
+    if allocation == "uniform" and erk_power != 1.0:
+        raise OptionError(f"erk_power is {erk_power}; expected none with allocation 'uniform'")
+    layers, dense = find_layers(model, blocks)
     masked = {layer.name: layer for layer in layers if keep_masks and layer.has_mask}
     if include is not None:
         included = choose(layers, "include", include)
@@ -137,7 +139,7 @@ def make_plan(
 def _differs(layers: list[SparseLayer], density: Mapping[str, Fraction]) -> bool:
     """Whether masks hold other counts than their layers are allotted; whole fan-ins lose up to 1 a neuron."""
     active = sum(sum(layer.budgets) for layer in layers)
-    wanted = sum(density[layer.name] * layer.param.numel() for layer in layers)
+    wanted = float(sum(density[layer.name] * layer.param.numel() for layer in layers))
     return abs(active - wanted) > sum(layer.neurons for layer in layers)
 
 

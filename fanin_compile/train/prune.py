@@ -40,7 +40,7 @@ def prune_to_fan_in(
             if the weight were set to 0 (Molchanov et al. 2017).
         closure: for "gradient": computes the loss on calibration data and calls backward, once or for several
             batches; gradients that were there are put back.
-        **layer_options: allocation, erk_power, dense_first, include, exclude, overrides and mha_blocks as in
+        **layer_options: allocation, erk_power, dense_first, include, exclude and overrides as in
             SparseTraining, but that allocation is "uniform" and dense_first False unless said otherwise.
 
     Returns:
@@ -59,7 +59,8 @@ def prune_to_fan_in(
             f"criterion {criterion!r} with closure: {given}; a closure goes with 'gradient' only"
         )
     defaults: LayerOptions = {"allocation": "uniform", "dense_first": False}
-    plan = make_plan(model, sparsity=sparsity, **(defaults | layer_options))
+    choices = defaults | layer_options
+    plan = make_plan(model, sparsity=sparsity, blocks="matrix", keep_masks=False, **choices)
     fan_ins = [fan_in(layer.name, layer.budgets[0], layer.block_neurons) for layer in plan.sparse]
     scores = [layer.weight_rows().abs() for layer in plan.sparse]
     if closure is not None:

@@ -10,15 +10,15 @@ from torch.optim import Optimizer
 
 from fanin_compile.errors import OptionError
 from fanin_compile.train.allocation import fan_in
-from fanin_compile.train.base import Block, SparseTraining
+from fanin_compile.train.dynamic import Block, DynamicTraining
 from fanin_compile.train.layers import SparseLayer
-from fanin_compile.train.options import Options
+from fanin_compile.train.options import UpdateOptions
 from fanin_compile.train.plan import choose
 from fanin_compile.train.selection import Patterns
 from fanin_compile.train.topology import constant_fan_in_update, random_fan_in
 
 
-class SRigL(SparseTraining):
+class SRigL(DynamicTraining):
     """Every neuron of a layer has the same number k of inputs, chosen anew every ``delta_t`` steps.
 
     >>> s = SRigL(model, optimizer, sparsity=0.9, total_steps=n)  # then, for each batch:
@@ -31,7 +31,10 @@ class SRigL(SparseTraining):
         ablation_reference: "sparse", the layer's fan-in before any ablation, or "dense", its dense fan-in.
         ablate_last: allow ablation in the last layer of the model, whose neurons are its outputs.
         no_ablation: layers in which no neuron is ever ablated, said as in ``include``.
-        **options: SparseTraining's.
+        **options: DynamicTraining's and SparseTraining's.
+
+    Raises:
+        OptionError: an option out of its range, one about ablation with ``ablation=False``, and as SparseTraining.
     """
 
     def __init__(
@@ -44,12 +47,21 @@ class SRigL(SparseTraining):
         ablation_reference: Literal["sparse", "dense"] = "sparse",
         ablate_last: bool = False,
         no_ablation: Patterns = (),
-        **options: Unpack[Options],
+        **options: Unpack[UpdateOptions],
     ) -> None:
         if not 0.0 <= gamma_sal <= 1.0:
             raise OptionError(f"gamma_sal is {gamma_sal}; expected 0 <= gamma_sal <= 1")
         if ablation_reference not in ("sparse", "dense"):
             raise OptionError(f"ablation_reference is {ablation_reference!r}; expected 'sparse' or 'dense'")
+        given = {
+            "gamma_sal": gamma_sal != 0.3,
+            "ablation_reference": ablation_reference != "sparse",
+            "ablate_last": ablate_last,
+            "no_ablation": no_ablation != (),
+        }
+        if not ablation and any(given.values()):
+            names = ", ".join(name for name, differs in given.items() if differs)
+            raise OptionError(f"ablation is False, with {names}; expected none: they change nothing then")
         self._ablation = ablation
         self._gamma_sal = gamma_sal
         self._reference = ablation_reference

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fanin_compile.errors import FaninError, MaskError, OptionError
-from fanin_compile.train import SRigL
+from fanin_compile.train import SRigL, Static
 from tests.train_support import (
     assert_agreement,
     assert_constant_fan_in,
@@ -331,6 +331,22 @@ def test_weights_written_off_the_mask_are_reported_at_the_next_update() -> None:
         sparse.layers[0].param.fill_(1.0)
     with pytest.raises(MaskError, match=r"0\.weight: \d+ weights off the mask"):
         train(model, sparse.optimizer, sparse, 1)
+
+
+def test_weights_written_off_the_mask_after_the_last_update_are_reported_by_finalize() -> None:
+    model, dense = mlp(16, 32, 4), mlp(16, 32, 4).state_dict()
+    trained = srigl(model)
+    train(model, trained.optimizer, trained, 31)  # the topology is final from step 30 on
+    static_model = mlp(16, 32, 4)
+    static = Static(static_model, torch.optim.SGD(static_model.parameters(), 0.05), sparsity=0.75)
+    for sparse in (trained, static):
+        sparse.model.load_state_dict(dense, strict=False)
+        with pytest.raises(MaskError, match=r"0\.weight: \d+ weights off the mask are not 0"):
+            sparse.finalize()
+        train(sparse.model, sparse.optimizer, sparse, 1)
+        for layer in sparse.layers:
+            assert layer.param.grad is not None
+            assert not layer.param.grad[~layer.mask].any(), "the hooks are still there"
 
 
 @pytest.mark.parametrize(

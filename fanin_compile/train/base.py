@@ -190,8 +190,12 @@ class SparseTraining(abc.ABC):
 
         ``keep_masks`` leaves the ``<weight>_mask`` buffers, by which the compiler knows an active weight that
         happens to be exactly 0. Returns the model.
+
+        Raises MaskError, before anything is removed, where something wrote a weight off its mask.
         """
         if not self._finished:
+            for layer in self.layers:
+                layer.check_zeros()
             for handle in self._handles:
                 handle.remove()
             for layer in self.layers:

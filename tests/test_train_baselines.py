@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from fanin_compile.errors import OptionError
-from fanin_compile.train import SET, RigL, SparseTraining, Static
+from fanin_compile.errors import MaskError, OptionError
+from fanin_compile.train import SET, RigL, SparseTraining, SRigL, Static
 from tests.train_support import (
     assert_agreement,
     assert_same_bits,
@@ -21,8 +23,10 @@ from tests.train_support import (
 METHODS: tuple[type[SparseTraining], ...] = (RigL, SET, Static)
 
 
-def start(method: type[SparseTraining], **options: Any) -> SparseTraining:
-    model = mlp(24, 32, 16, 4)
+def start(
+    method: type[SparseTraining], model: nn.Module | None = None, **options: Any
+) -> SparseTraining:
+    model = model or mlp(24, 32, 16, 4)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     updates = {} if method is Static else {"total_steps": 40, "delta_t": 2}
     return method(model, optimizer, **({"sparsity": 0.8} | updates | options))
@@ -82,10 +86,36 @@ def test_seeded_and_resumed_bit_for_bit(method: type[SparseTraining]) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", (*METHODS, SRigL))
 def test_a_layer_left_without_weights_is_named(method: type[SparseTraining]) -> None:
+    model = mlp(24, 32, 16, 4)
+    before = parameters(model)
     with pytest.raises(OptionError, match=r"layer '4.weight'.*fan-in of 0"):
-        start(method, overrides={"4": 0.995})
+        start(method, model, overrides={"4": 0.995})
+    assert_same_bits(before, parameters(model))
+
+
+@pytest.mark.parametrize("method", (*METHODS, SRigL))
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 16), r"4.weight: expected a bool buffer.*found torch.float32"),
+        (torch.ones(4, 15, dtype=torch.bool), r"found torch.bool of shape \(4, 15\)"),
+        (torch.zeros(4, 16, dtype=torch.bool), "layer '4.weight': 0 active weights"),
+    ],
+)
+def test_a_mask_that_cannot_be_started_from_is_refused(
+    method: type[SparseTraining], mask: torch.Tensor, message: str
+) -> None:
+    model = mlp(24, 32, 16, 4)
+    model[4].register_buffer("weight_mask", mask)
+    before = parameters(model)
+    with (
+        warnings.catch_warnings(action="ignore"),  # the mask is of another sparsity, too
+        pytest.raises((MaskError, OptionError), match=message),
+    ):
+        start(method, model)
+    assert_same_bits(before, parameters(model))
 
 
 @pytest.mark.parametrize(

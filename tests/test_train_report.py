@@ -133,6 +133,19 @@ def test_table_json_and_order() -> None:
         report.record()
 
 
+@pytest.mark.parametrize("keep_masks", [True, False])
+def test_what_was_learnt_is_reported_after_finalize(keep_masks: bool) -> None:
+    sparse = start(gamma_sal=1.0, alpha=0.9)
+    report = TrainingReport(sparse)
+    train(sparse.model, sparse.optimizer, sparse, 20)
+    before, described = report.record(), repr(sparse).splitlines()[1:]
+    assert before.explored > 1 - before.sparsity
+    sparse.finalize(keep_masks=keep_masks)
+    assert report.record() == before
+    assert repr(sparse).splitlines() == ["SRigL at step 20, finalized", *described]
+    assert str(report).splitlines()[-1].startswith("step 20, finalized: sparsity")
+
+
 def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     sparse = start()

@@ -180,6 +180,32 @@ def test_ablation_stops_at_the_guard_and_spares_the_last_layer() -> None:
     assert alive[-1] == 8
 
 
+@pytest.mark.parametrize("tie", ["weight", "module"])
+def test_outputs_computed_by_an_earlier_weight_are_spared(tie: str) -> None:
+    """The weight that the last module holds counts, where it was registered first too."""
+    model = mlp(16, 16, 16, 16)
+    if tie == "weight":
+        model[4].weight = model[0].weight
+    else:
+        model[4] = model[0]
+    sparse = srigl(model, gamma_sal=1.0, sparsity=0.5, alpha=0.9)
+    train(model, sparse.optimizer, sparse, 29)
+    alive = {layer.name: sum(k > 0 for k in fan_ins(layer)) for layer in sparse.layers}
+    assert sparse.plan.last == "0.weight"
+    assert alive["0.weight"] == 16
+    assert alive["2.weight"] < 16
+
+
+def test_the_repr_says_which_layers_are_never_ablated() -> None:
+    def spared(**options: Any) -> list[str]:
+        lines = repr(srigl(mlp(16, 32, 24, 6), **options)).splitlines()[1:]
+        return [line.split(":")[0].strip() for line in lines if line.endswith(", never ablated")]
+
+    assert spared() == ["4.weight"]
+    assert spared(no_ablation="0") == ["0.weight", "4.weight"]
+    assert spared(ablate_last=True) == spared(ablation=False) == []
+
+
 # Each of these changes the masks of the same training; an option that is accepted and dropped would not.
 VARIANTS: dict[str, dict[str, Any]] = {
     "sparsity": {"sparsity": 0.7},

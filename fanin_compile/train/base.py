@@ -5,7 +5,6 @@ Methods that move connections are in dynamic.py; the methods themselves in srigl
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Unpack
@@ -15,15 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fanin_compile.errors import FaninError, OptionError
+from fanin_compile.train.allocation import fan_in
 from fanin_compile.train.checkpoint import restore, save
 from fanin_compile.train.initialise import InitScheme, check_scheme, initial_weight
 from fanin_compile.train.layers import MhaBlocks, SparseLayer, unwrap
 from fanin_compile.train.optimizer_state import clear_inactive_state, group_of, is_elementwise
 from fanin_compile.train.plan import LayerOptions, make_plan
 from fanin_compile.train.shards import from_first_rank, keep_from_ddp, local
+from fanin_compile.train.topology import random_fan_in
 
 
-class SparseTraining(abc.ABC):
+class SparseTraining:
     """Trains ``model`` sparse from its first step on; call ``step()`` after each ``optimizer.step()``.
 
     The constructor gives each chosen weight a bool buffer ``<weight>_mask``, sets the weight to 0 off it, and
@@ -72,7 +73,7 @@ class SparseTraining(abc.ABC):
         self.optimizer = optimizer
         self.seed = seed
         self.steps = 0
-        self._finished = False
+        self.finalized = False
         self._masks_weights = not is_elementwise(optimizer)
         self.plan = make_plan(
             self.model, sparsity=sparsity, blocks=self._mha_blocks, keep_masks=True, **layer_options
@@ -91,12 +92,15 @@ class SparseTraining(abc.ABC):
 
     # What a method chooses.
 
-    def _check_layers(self) -> None:  # noqa: B027 - most methods have nothing to check
-        """Look at, and mark, the planned layers before any of them is changed."""
+    def _check_layers(self) -> None:
+        """Refuse, and mark, planned layers before any of them is changed."""
+        for layer in self.layers:
+            fan_in(layer.name, min(layer.budgets), 1 if layer.has_mask else layer.block_neurons)
 
-    @abc.abstractmethod
     def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
         """Bool [layer.block_neurons, dense fan-in] on the CPU, with ``budget`` active weights or a bit less."""
+        k = fan_in(layer.name, budget, layer.block_neurons)
+        return random_fan_in(layer.block_neurons, layer.dense_fan_in, k, generator)
 
     def _after_step(self) -> bool:
         """What else a step does, now that it is counted; returns whether the topology changed."""
@@ -145,7 +149,7 @@ class SparseTraining(abc.ABC):
 
         An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step.
         """
-        if self._finished:
+        if self.finalized:
             raise FaninError("step() after finalize(): the hooks that masked gradients are gone")
         self.steps += 1
         if self._masks_weights:
@@ -193,7 +197,7 @@ class SparseTraining(abc.ABC):
 
         Raises MaskError, before anything is removed, where something wrote a weight off its mask.
         """
-        if not self._finished:
+        if not self.finalized:
             for layer in self.layers:
                 layer.check_zeros()
             for handle in self._handles:
@@ -202,14 +206,18 @@ class SparseTraining(abc.ABC):
                 layer.release()
                 if not keep_masks:
                     layer.remove_mask()
-        self._finished = True
+        self.finalized = True
         return self.model
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} at step {self.steps}{self._more()}"]
-        lines += [f"  {layer.name}: {layer.describe()}" for layer in self.layers]
+        stage = ", finalized" if self.finalized else self._more()
+        lines = [f"{type(self).__name__} at step {self.steps}{stage}"]
+        lines += [f"  {layer.name}: {self._describe(layer)}" for layer in self.layers]
         lines += [f"  {name}: dense ({reason})" for name, reason in self.plan.dense.items()]
         return "\n".join(lines)
+
+    def _describe(self, layer: SparseLayer) -> str:
+        return layer.describe()
 
     def _more(self) -> str:
         """What the first line of the repr says besides the step."""

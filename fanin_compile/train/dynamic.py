@@ -37,7 +37,7 @@ class Block:
     generator: torch.Generator  # on the CPU, the same on every rank
 
 
-class DynamicTraining(SparseTraining):
+class DynamicTraining(SparseTraining, abc.ABC):
     """Sparse training that drops and grows connections every ``delta_t`` steps until ``t_end``.
 
     When an update is near, the dense gradient is recorded before it is masked.

@@ -42,6 +42,7 @@ class SparseLayer:
     gradient: Tensor | None = None  # dense, of the optimizer step in progress; this rank's part
     earlier: Tensor | None = None  # dense, summed over the earlier steps of the window
     explored: Tensor | None = None  # bool: ever active (in-time over-parameterisation)
+    _removed: Tensor | None = field(default=None, repr=False)  # the mask, when its buffer is gone
     _multiplier: Tensor | None = field(default=None, repr=False)
     _multiplier_of: tuple[Tensor | None, int] = field(default=(None, 0), repr=False)
 
@@ -65,14 +66,19 @@ class SparseLayer:
     def mask_name(self) -> str:
         return f"{self.owners[0][1]}_mask"
 
+    def _buffer(self) -> Tensor | None:
+        """The mask of the first owner that has one."""
+        found = (module._buffers.get(f"{attribute}_mask") for module, attribute in self.owners)
+        return next((mask for mask in found if mask is not None), None)
+
     @property
     def has_mask(self) -> bool:
-        return self.module._buffers.get(self.mask_name) is not None
+        return self._buffer() is not None
 
     @property
     def mask(self) -> Tensor:
-        """The bool buffer; of the Parameter's whole shape on every rank."""
-        mask = self.module._buffers.get(self.mask_name)
+        """The bool buffer, of the Parameter's whole shape on every rank; once removed, what it was."""
+        mask = self._buffer() if self._removed is None else self._removed
         if mask is None or mask.dtype != torch.bool or mask.shape != self.param.shape:
             found = "none" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
             wanted = f"a bool buffer {self.mask_name!r} of shape {tuple(self.param.shape)}"
@@ -82,14 +88,18 @@ class SparseLayer:
     def set_mask(self, rows: Tensor) -> None:
         """Write bool [neurons, dense fan-in] into the buffer, registering it where there is none."""
         full = (rows.t() if self.transposed else rows).reshape(self.param.shape)
-        if self.has_mask:
-            self.mask.copy_(full)
-            return
-        mask = full.to(self.param.device, copy=True).contiguous()
+        mask = (
+            self.mask.copy_(full) if self.has_mask else full.to(self.param.device, copy=True).contiguous()
+        )
         for module, attribute in self.owners:
-            module.register_buffer(f"{attribute}_mask", mask)
+            other = module._buffers.get(f"{attribute}_mask")
+            if other is None:
+                module.register_buffer(f"{attribute}_mask", mask)
+            elif other is not mask:  # .to(memory_format=...) or another device gave each owner a copy
+                other.copy_(full)
 
     def remove_mask(self) -> None:
+        self._removed = self.mask
         for module, attribute in self.owners:
             delattr(module, f"{attribute}_mask")
 
@@ -154,8 +164,8 @@ class SparseLayer:
         return f"{alive} of {self.neurons} neurons with {inputs}"
 
     def release(self) -> None:
-        """Forget everything that only training needs."""
-        self.gradient = self.earlier = self.explored = self._multiplier = None
+        """Forget everything that only training needs; what was explored stays, to be reported."""
+        self.gradient = self.earlier = self._multiplier = None
         self._multiplier_of = (None, 0)
 
 

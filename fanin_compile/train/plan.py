@@ -33,7 +33,8 @@ class LayerOptions(TypedDict, total=False):
 @dataclass(frozen=True)
 class Plan:
     """``sparse``: layers with their budgets set. ``dense``: name -> why it stays dense. ``found``: both, all
-    that could be sparse. ``last``: the name of the last of them, which is usually the model's output."""
+    that could be sparse. ``last``: the one of them that was registered last, under any of the names it is tied to,
+    which is usually the model's output."""
 
     sparse: tuple[SparseLayer, ...]
     dense: dict[str, str]
@@ -133,7 +134,13 @@ def make_plan(
     if not sparse:
         reasons = ", ".join(f"{name}: {reason}" for name, reason in dense.items()) or "the model has none"
         raise OptionError(f"no layer is left to make sparse; expected at least one ({reasons})")
-    return Plan(tuple(sparse), dense, layers[-1].name, tuple(layers))
+    return Plan(tuple(sparse), dense, _last(model, layers), tuple(layers))
+
+
+def _last(model: nn.Module, layers: list[SparseLayer]) -> str:
+    """The layer whose weight the last registered module holds; a module in several places counts at its last."""
+    place = {module: i for i, (_, module) in enumerate(model.named_modules(remove_duplicate=False))}
+    return max(layers, key=lambda layer: max(place[module] for module, _ in layer.owners)).name
 
 
 def _differs(layers: list[SparseLayer], density: Mapping[str, Fraction]) -> bool:
@@ -154,7 +161,9 @@ def _refuse_another_density(layer: SparseLayer, density: Fraction) -> None:
 def _warn_of_another_sparsity(
     layers: list[SparseLayer], density: Mapping[str, Fraction], sparsity: float
 ) -> None:
-    if layers and _differs(layers, density):
+    """Masks are as asked for if they have this sparsity themselves, or what the allocation rule gives their layers."""
+    same = dict.fromkeys(density, 1 - exact(sparsity))
+    if layers and _differs(layers, density) and _differs(layers, same):
         warnings.warn(
             f"sparsity is {sparsity:g}, but the masks that {len(layers)} layers have already are of sparsity "
             f"{_sparsity(layers):.4g}; they stay: delete their buffers to draw new ones",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fanin_compile.errors import OptionError
-from fanin_compile.train.allocation import fan_in
 from fanin_compile.train.dynamic import Block, DynamicTraining
 from fanin_compile.train.layers import SparseLayer
 from fanin_compile.train.options import UpdateOptions
 from fanin_compile.train.plan import choose
 from fanin_compile.train.selection import Patterns
-from fanin_compile.train.topology import constant_fan_in_update, random_fan_in
+from fanin_compile.train.topology import constant_fan_in_update
 
 
 class SRigL(DynamicTraining):
@@ -29,7 +27,9 @@ class SRigL(DynamicTraining):
         gamma_sal: a neuron is ablated when fewer than max(1, gamma_sal * reference) of its weights are
             salient. The paper takes 0.3 for convolutional networks and 0.95 for vision transformers.
         ablation_reference: "sparse", the layer's fan-in before any ablation, or "dense", its dense fan-in.
-        ablate_last: allow ablation in the last layer of the model, whose neurons are its outputs.
+        ablate_last: allow ablation in the layer registered last, whose neurons are, as a rule, the model's
+            outputs. Where they are not, or a model has several heads, name these in ``no_ablation``; the repr
+            says which layers are never ablated.
         no_ablation: layers in which no neuron is ever ablated, said as in ``include``.
         **options: DynamicTraining's and SparseTraining's.
 
@@ -70,6 +70,7 @@ class SRigL(DynamicTraining):
         super().__init__(model, optimizer, **options)
 
     def _check_layers(self) -> None:
+        super()._check_layers()
         spared = choose(list(self.plan.found), "no_ablation", self._no_ablation)
         for layer in self.layers:
             layer.ablate = self._ablation and layer.name not in spared
@@ -77,12 +78,10 @@ class SRigL(DynamicTraining):
                 layer.ablate &= self._ablate_last
             if layer.has_mask:
                 _refuse_unequal(layer)
-            else:
-                fan_in(layer.name, layer.budgets[0], layer.block_neurons)
 
-    def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
-        k = fan_in(layer.name, budget, layer.block_neurons)
-        return random_fan_in(layer.block_neurons, layer.dense_fan_in, k, generator)
+    def _describe(self, layer: SparseLayer) -> str:
+        spared = ", never ablated" if self._ablation and not layer.ablate else ""
+        return layer.describe() + spared
 
     def _next_mask(self, block: Block) -> Tensor:
         n, f = block.mask.shape

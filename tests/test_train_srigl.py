@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -334,6 +335,70 @@ def test_deepcopy_and_save_during_training_give_masked_models() -> None:
         assert weight.grad[~mask].any(), "a copy is not hooked"
     train(model, sparse.optimizer, sparse, 5)
     assert_agreement(sparse)
+
+
+def test_a_replaced_parameter_is_noticed_at_the_next_step() -> None:
+    def assign(model: nn.Module) -> None:
+        model.load_state_dict(mlp(16, 32, 4).state_dict(), strict=False, assign=True)
+
+    def parametrize(model: nn.Module) -> None:
+        nn.utils.parametrizations.weight_norm(model.get_submodule("0"))
+
+    for replace in (assign, parametrize):
+        model = mlp(16, 32, 4)
+        sparse = srigl(model)
+        train(model, sparse.optimizer, sparse, 1)
+        replace(model)
+        with pytest.raises(FaninError, match=r"0\.weight: the model holds another Parameter.*after fully_shard"):
+            sparse.step()
+        with pytest.raises(FaninError, match="another Parameter"):
+            sparse.finalize()
+        assert sparse.steps == 1
+
+
+def test_a_training_that_would_stay_hooked_to_the_original_is_not_copied() -> None:
+    model = mlp(16, 32, 4)
+    sparse = srigl(model)
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(FaninError, match="SRigL cannot be copied or pickled"):
+            copied((model, sparse.optimizer, sparse) if copied is not copy.copy else sparse)
+
+
+class CountingSGD(torch.optim.SGD):
+    """Keeps of each entry whether and how often its gradient was not 0."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            for key, dtype in (("seen", torch.bool), ("count", torch.int64)):
+                state.setdefault(key, torch.ones_like(param, dtype=dtype))
+                state[key] += (param.grad != 0).to(dtype)
+
+
+class NoisySGD(torch.optim.SGD):
+    """Langevin dynamics: noise in every weight and every momentum, active or not."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            param += 1e-3 * torch.randn_like(param)
+            self.state[param]["momentum_buffer"] += 1e-3 * torch.randn_like(param)
+
+
+@pytest.mark.parametrize("kind", [CountingSGD, NoisySGD])
+def test_optimizers_of_others_are_kept_clear_off_the_mask(kind: type[torch.optim.SGD]) -> None:
+    model = mlp(24, 32, 16, 4)
+    optimizer = kind(model.parameters(), 0.05, momentum=0.9)
+    sparse = srigl(model, optimizer, gamma_sal=0.5)
+    for _ in range(8):
+        train(model, optimizer, sparse, 1)
+        assert_agreement(sparse)
+        assert_constant_fan_in(sparse)
+    assert sparse.layers[0].explored is not None
+    assert not torch.equal(sparse.layers[0].explored, sparse.layers[0].mask), "there were updates"
 
 
 def test_a_model_with_masks_starts_from_them_and_keeps_its_weights() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, NoReturn, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class SparseTraining:
     see gradients of active weights only. A weight that has a mask already (from ``prune_to_fan_in``, or an
     earlier sparse training) starts from it and keeps its values, whatever ``allocation`` and ``sparsity`` say;
     a warning tells when its masks are of another sparsity, and leaving such a weight out is refused.
+
+    Whatever replaces Parameters comes before: ``fully_shard``, then the optimizer, then this; DistributedDataParallel
+    before or after. A replaced Parameter is noticed by ``step()``. Copies of ``self`` are refused.
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -147,14 +150,18 @@ class SparseTraining:
     def step(self) -> bool:
         """Count one optimizer step and, when it is time, update the topology. Returns whether it changed it.
 
-        An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step.
+        An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step. Raises
+        FaninError when the model holds another Parameter than the one that is trained.
         """
         if self.finalized:
             raise FaninError("step() after finalize(): the hooks that masked gradients are gone")
+        for layer in self.layers:
+            layer.check_in_place()
         self.steps += 1
         if self._masks_weights:
             for layer in self.layers:
-                local(layer.param).mul_(layer.multiplier())
+                layer.zero_inactive(layer.param)
+                clear_inactive_state(self.optimizer, layer)
         return self._after_step()
 
     def _apply_mask(self, layer: SparseLayer) -> None:
@@ -195,10 +202,12 @@ class SparseTraining:
         ``keep_masks`` leaves the ``<weight>_mask`` buffers, by which the compiler knows an active weight that
         happens to be exactly 0. Returns the model.
 
-        Raises MaskError, before anything is removed, where something wrote a weight off its mask.
+        Raises, before anything is removed, MaskError where something wrote a weight off its mask, and FaninError
+        where a Parameter was replaced.
         """
         if not self.finalized:
             for layer in self.layers:
+                layer.check_in_place()
                 layer.check_zeros()
             for handle in self._handles:
                 handle.remove()
@@ -208,6 +217,13 @@ class SparseTraining:
                     layer.remove_mask()
         self.finalized = True
         return self.model
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """A copy would be hooked to the weights of the original."""
+        raise FaninError(
+            f"{type(self).__name__} cannot be copied or pickled; expected a new one, made with the copies of model and "
+            "optimizer, and load_state_dict(state_dict()) on it"
+        )
 
     def __repr__(self) -> str:
         stage = ", finalized" if self.finalized else self._more()

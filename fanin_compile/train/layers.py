@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from fanin_compile.errors import MaskError, OptionError
+from fanin_compile.errors import FaninError, MaskError, OptionError
 from fanin_compile.train.shards import gather, local, local_part
 
 MhaBlocks = Literal["matrix", "projection", "head"]
@@ -138,11 +139,24 @@ class SparseLayer:
         return cached
 
     def zero_inactive(self, tensor: Tensor, value: float = 0.0) -> None:
-        """Set ``tensor``, finite and laid out as the Parameter, to ``value`` off the mask, in place."""
-        if value:
+        """Set ``tensor``, finite and laid out as the Parameter, of any dtype, to ``value`` off the mask, in place."""
+        if value or not tensor.is_floating_point():
             local(tensor).masked_fill_(local_part(~self.mask, self.param), value)
         else:
             local(tensor).mul_(self.multiplier())  # 10 x faster on a CPU
+
+    def check_in_place(self) -> None:
+        """Raise FaninError when the model holds another Parameter than the one that is trained."""
+        for module, attribute in self.owners:
+            now = module._parameters.get(attribute)
+            # between a forward and a backward FSDP2 shows the whole weight where the sharded one belongs
+            whole = isinstance(self.param, DTensor) and now is not None and not isinstance(now, DTensor)
+            if now is not self.param and not whole:
+                raise FaninError(
+                    f"{self.name}: the model holds another Parameter than the one that is trained sparse; expected "
+                    "the same: start sparse training after fully_shard, after a load_state_dict(assign=True), and "
+                    "after whatever else replaces weights"
+                )
 
     def check_zeros(self) -> None:
         """Raise MaskError when this rank's part of the weight is not 0 off the mask, or NaN."""

@@ -24,8 +24,8 @@ _STARTS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether masked gradients alone keep inactive weights at 0; others (Muon, LBFGS) need them masked
-    again."""
-    return isinstance(optimizer, _ELEMENTWISE)
+    again, and so do subclasses, whose step may do anything."""
+    return type(optimizer) in _ELEMENTWISE
 
 
 def group_of(optimizer: Optimizer, layer: SparseLayer) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def prune_to_fan_in(
 
     Raises:
         OptionError: an option out of its range, a layer left without inputs, "gradient" without a closure, a
-            layer that no gradient reached. The model is unchanged then.
+            layer that no gradient reached, or whose scores are not finite. The model is unchanged then.
     """
     model = unwrap(model)
     if criterion not in ("magnitude", "gradient"):
@@ -66,6 +66,12 @@ def prune_to_fan_in(
     if closure is not None:
         gradients = _gradients(model, plan, closure)
         scores = [score * gradient.abs() for score, gradient in zip(scores, gradients, strict=True)]
+    for layer, score in zip(plan.sparse, scores, strict=True):
+        if not score.isfinite().all():  # ranking takes no NaN, and inf * 0 is one
+            count = int((~score.isfinite()).sum())
+            raise OptionError(
+                f"layer {layer.name!r}: {count} of its {criterion} scores are infinite or NaN; expected none"
+            )
     for layer, k, score in zip(plan.sparse, fan_ins, scores, strict=True):
         layer.set_mask(from_first_rank(largest_per_row(score, k)))
         layer.zero_inactive(layer.param)

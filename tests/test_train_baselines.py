@@ -23,12 +23,10 @@ from tests.train_support import (
 METHODS: tuple[type[SparseTraining], ...] = (RigL, SET, Static)
 
 
-def start(
-    method: type[SparseTraining], model: nn.Module | None = None, **options: Any
-) -> SparseTraining:
+def start(method: type[SparseTraining], model: nn.Module | None = None, **options: Any) -> SparseTraining:
     model = model or mlp(24, 32, 16, 4)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    updates = {} if method is Static else {"total_steps": 40, "delta_t": 2}
+    updates: dict[str, Any] = {} if method is Static else {"total_steps": 40, "delta_t": 2}
     return method(model, optimizer, **({"sparsity": 0.8} | updates | options))
 
 
@@ -86,7 +84,7 @@ def test_seeded_and_resumed_bit_for_bit(method: type[SparseTraining]) -> None:
     )
 
 
-@pytest.mark.parametrize("method", (*METHODS, SRigL))
+@pytest.mark.parametrize("method", [*METHODS, SRigL])
 def test_a_layer_left_without_weights_is_named(method: type[SparseTraining]) -> None:
     model = mlp(24, 32, 16, 4)
     before = parameters(model)
@@ -95,7 +93,7 @@ def test_a_layer_left_without_weights_is_named(method: type[SparseTraining]) -> 
     assert_same_bits(before, parameters(model))
 
 
-@pytest.mark.parametrize("method", (*METHODS, SRigL))
+@pytest.mark.parametrize("method", [*METHODS, SRigL])
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

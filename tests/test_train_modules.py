@@ -64,6 +64,12 @@ def test_attention_input_projection_in_blocks(blocks: Any, count: int) -> None:
         assert min(per_block) >= 2, "a head's 32 weights need 2 of its neurons"
 
 
+def test_a_state_of_other_blocks_is_refused() -> None:
+    state = start(Attention(), mha_blocks="head").state_dict()
+    with pytest.raises(OptionError, match=r"'mha.in_proj_weight': the state is of 12 blocks; expected 3"):
+        start(Attention(), mha_blocks="projection").load_state_dict(state)
+
+
 def test_attention_with_other_key_and_value_widths() -> None:
     torch.manual_seed(0)
     model = Attention(kdim=8)
@@ -116,7 +122,7 @@ def test_tied_convolutions_in_another_memory_format_keep_one_mask() -> None:
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
     model[2].weight = model[0].weight
     sparse = start(model, sparsity=0.8)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has no stub for it
     train_on(sparse, torch.randn(4, 8, 6, 6))
     for layer in (model[0], model[2]):
         weight, mask = weight_and_mask(layer)

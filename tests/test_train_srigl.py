@@ -349,7 +349,9 @@ def test_a_replaced_parameter_is_noticed_at_the_next_step() -> None:
         sparse = srigl(model)
         train(model, sparse.optimizer, sparse, 1)
         replace(model)
-        with pytest.raises(FaninError, match=r"0\.weight: the model holds another Parameter.*after fully_shard"):
+        with pytest.raises(
+            FaninError, match=r"0\.weight: the model holds another Parameter.*after fully_shard"
+        ):
             sparse.step()
         with pytest.raises(FaninError, match="another Parameter"):
             sparse.finalize()
@@ -368,7 +370,7 @@ class CountingSGD(torch.optim.SGD):
     """Keeps of each entry whether and how often its gradient was not 0."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         for param in self.param_groups[0]["params"]:
             state = self.state[param]
@@ -381,7 +383,7 @@ class NoisySGD(torch.optim.SGD):
     """Langevin dynamics: noise in every weight and every momentum, active or not."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         for param in self.param_groups[0]["params"]:
             param += 1e-3 * torch.randn_like(param)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fanin_compile.errors import FaninError
 from fanin_compile.train import SRigL
 from tests.train_support import batch, loss_of, mlp
 
@@ -120,7 +121,28 @@ def fsdp(micro: int = 1) -> dict[str, Tensor]:
     return state(model)
 
 
+def mixed(directory: Path) -> None:
+    """The two ranks load states of other steps, then of other masks; both are told, and nothing is changed."""
+    model = mlp(*WIDTHS, dtype=F64)
+    states = [
+        SRigL(seeded, optimizer_for(seeded), seed=seed, **options()).state_dict()
+        for seed in (1, 2)
+        for seeded in (mlp(*WIDTHS, dtype=F64),)
+    ]
+    sparse = SRigL(model, optimizer_for(model), **options())
+    rank = dist.get_rank()
+    for name, mine in (("steps", states[0] | {"steps": 4 + rank}), ("masks", states[rank])):
+        before = state(model)
+        try:
+            sparse.load_state_dict(mine)
+        except FaninError as error:
+            (directory / f"mixed-{name}-{rank}.txt").write_text(str(error))
+        assert all(torch.equal(value, before[key]) for key, value in state(model).items())
+    sparse.load_state_dict(states[0])
+
+
 def compare(directory: Path) -> None:
+    mixed(directory)
     jobs: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ddp": lambda: ddp(wrap_first=True),
         "sparse-first": lambda: ddp(wrap_first=False),

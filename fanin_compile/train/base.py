@@ -187,7 +187,8 @@ class SparseTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``; load the state of model and optimizer too, in any order.
 
-        Raises OptionError, before anything is changed, for the state of another method or of other layers.
+        With several processes every rank calls it, with its own state. Raises, before anything is changed, OptionError
+        for the state of another method or of other layers, FaninError where ranks stand at other steps or masks.
         """
         if state["method"] != type(self).__name__:
             raise OptionError(f"the state is of {state['method']}; expected {type(self).__name__}")

@@ -89,9 +89,7 @@ class SparseLayer:
     def set_mask(self, rows: Tensor) -> None:
         """Write bool [neurons, dense fan-in] into the buffer, registering it where there is none."""
         full = (rows.t() if self.transposed else rows).reshape(self.param.shape)
-        mask = (
-            self.mask.copy_(full) if self.has_mask else full.to(self.param.device, copy=True).contiguous()
-        )
+        mask = self.mask.copy_(full) if self.has_mask else full.to(self.param.device, copy=True).contiguous()
         for module, attribute in self.owners:
             other = module._buffers.get(f"{attribute}_mask")
             if other is None:

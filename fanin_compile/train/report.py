@@ -167,7 +167,9 @@ class TrainingReport:
         width = len(head) if self._positions else len(head) - 2
         metrics = "".join(f", {name} {value:.4g}" for name, value in last.metrics.items())
         stage = ", finalized" if self._sparse.finalized else ""
-        whole = f"step {last.step}{stage}: sparsity {last.sparsity:.2%}, {last.ablated:.1%} of neurons ablated, "
+        whole = (
+            f"step {last.step}{stage}: sparsity {last.sparsity:.2%}, {last.ablated:.1%} of neurons ablated, "
+        )
         whole += f"{last.explored:.1%} of weights explored{metrics}"
         layers: str = tabulate(
             [row[:width] for row in rows], head[:width], colalign=["left", "left", *["right"] * (width - 2)]

@@ -27,7 +27,8 @@ def start(method: type[SparseTraining], model: nn.Module | None = None, **option
     model = model or mlp(24, 32, 16, 4)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     updates: dict[str, Any] = {} if method is Static else {"total_steps": 40, "delta_t": 2}
-    return method(model, optimizer, **({"sparsity": 0.8} | updates | options))
+    settings: dict[str, Any] = {"sparsity": 0.8, **updates, **options}
+    return method(model, optimizer, **settings)
 
 
 @pytest.mark.parametrize("method", METHODS)

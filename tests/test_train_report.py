@@ -41,6 +41,20 @@ def test_the_first_record_by_eye() -> None:
     assert report.history[0].sparsity == pytest.approx(0.8)
 
 
+def test_multiply_adds_of_the_whole_model_by_eye() -> None:
+    """A dense first layer of 20 x 40, a sparse second one of 40 x 10 at 80 %: 800 + 80 of 1200."""
+    sparse = start(dense_first=True)
+    report = TrainingReport(sparse, [batch(sparse.model, 0)])
+    snapshot = report.record()
+    assert snapshot.inference_macs == 800 + 80
+    # thrice that, and in one step of four the gradient of the weight is dense
+    assert snapshot.training_macs == 3 * (800 + 80) + (400 - 80) / 4
+    assert str(report).splitlines()[-1].endswith(", multiply-adds 73.3% of dense, 75.6% in training")
+    without = TrainingReport(sparse)
+    assert without.record().inference_macs is None
+    assert "multiply-adds" not in str(without)
+
+
 def test_history_follows_ablation_and_exploration() -> None:
     sparse = start(gamma_sal=1.0, alpha=0.9)
     report = TrainingReport(sparse)
@@ -168,7 +182,7 @@ def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:
 
     sparse = start()
     writer = SummaryWriter(str(tmp_path))
-    report = TrainingReport(sparse, writer=writer)
+    report = TrainingReport(sparse, [batch(sparse.model, 0)], writer=writer)
     for _ in range(3):
         report.record(accuracy=0.1 * sparse.steps)
         train(sparse.model, sparse.optimizer, sparse, 4)
@@ -178,3 +192,6 @@ def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:
     fan_in = [(event.step, event.value) for event in events.Scalars("fan_in/0.weight")]
     assert fan_in == [(s.step, s.layers[0].fan_in) for s in report.history]
     assert len(events.Scalars("metrics/accuracy")) == 3
+    for name in ("inference", "training"):
+        macs = [event.value for event in events.Scalars(f"macs/{name}")]
+        assert macs == [getattr(snapshot, f"{name}_macs") for snapshot in report.history]

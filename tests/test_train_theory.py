@@ -36,7 +36,7 @@ def norm_moments(mask: tuple[tuple[int, ...], ...], k: int) -> tuple[Fraction, F
     fourth = Fraction(0)
     for i, a in enumerate(mask):
         for m, b in enumerate(mask):
-            pairs = sum(a[j] * b[l] * (3 if j == l else 1) for j in range(n) for l in range(n))
+            pairs = sum(a[j] * b[h] * (3 if j == h else 1) for j in range(n) for h in range(n))
             fourth += (6 if i == m else 1) * Fraction(pairs, k * k * n * (n + 2))
     return mean, fourth
 

@@ -56,6 +56,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("no-sync", 2, 2),
         ("fsdp", 1, 1),
         ("fsdp-micro", 2, 1),
+        ("fsdp-cut", 2, 1),
     ],
 )
 def test_two_ranks_equal_one_process_on_the_joint_batch(
@@ -64,6 +65,16 @@ def test_two_ranks_equal_one_process_on_the_joint_batch(
     """That masks are the same on all ranks after every step is checked in the workers."""
     expected = train_worker.alone(micro, grad_steps)
     assert_equal_training(torch.load(compared / f"{job}.pt", weights_only=True), expected)
+
+
+@pytest.mark.parametrize("name", train_worker.BASELINES)
+def test_baselines_on_two_ranks_equal_one_process(compared: Path, name: str) -> None:
+    assert_equal_training(torch.load(compared / f"{name}.pt", weights_only=True), train_worker.baseline(name))
+
+
+@pytest.mark.parametrize("job", ["prune", "prune-fsdp"])
+def test_two_ranks_prune_by_the_gradient_of_the_joint_batch(compared: Path, job: str) -> None:
+    assert_equal_training(torch.load(compared / f"{job}.pt", weights_only=True), train_worker.pruned())
 
 
 @pytest.mark.parametrize(

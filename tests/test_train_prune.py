@@ -12,6 +12,7 @@ from fanin_compile import condense
 from fanin_compile.errors import OptionError
 from fanin_compile.train import SRigL, Static, prune_to_fan_in
 from tests.train_support import (
+    ConvNet,
     assert_agreement,
     assert_constant_fan_in,
     assert_same_bits,
@@ -33,6 +34,26 @@ def test_magnitude_keeps_the_largest_inputs_of_each_neuron() -> None:
     assert mask.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
     torch.testing.assert_close(weight, torch.tensor([[0.0, -4, 3, 0], [0, 0, -0.4, 0.3]]))
     assert [layer.name for layer in plan.sparse] == ["0.weight"]
+
+
+def test_every_kind_of_convolution_keeps_the_largest_of_each_channel() -> None:
+    torch.manual_seed(0)
+    model = ConvNet()
+    dense = parameters(model)
+    plan = prune_to_fan_in(model, 0.6)
+    assert [(x.name, x.dense_fan_in, x.budgets[0] // x.neurons) for x in plan.sparse] == [
+        ("conv2.weight", 36, 14),
+        ("grouped.weight", 18, 7),
+        ("conv1.weight", 60, 24),
+        ("conv3.weight", 18, 7),
+        ("head.weight", 320, 128),
+    ]
+    for layer in plan.sparse:
+        rows = dense[layer.name].flatten(1)
+        k = layer.budgets[0] // layer.neurons
+        expected = torch.zeros_like(rows).scatter(1, rows.abs().topk(k).indices, 1.0) * rows
+        assert torch.equal(layer.param.flatten(1), expected)
+        assert torch.equal(layer.mask, layer.param != 0)
 
 
 def test_gradient_keeps_what_the_loss_depends_on() -> None:

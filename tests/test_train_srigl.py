@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from fanin_compile.errors import FaninError, MaskError, OptionError
 from fanin_compile.train import SRigL, Static
+from fanin_compile.train.optimizer_state import is_elementwise
 from tests.train_support import (
+    ConvNet,
     assert_agreement,
     assert_constant_fan_in,
     assert_same_bits,
@@ -49,24 +51,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-class ConvNet(nn.Module):
-    """Every kind of convolution, groups included, on inputs [B, 4, 6, 6]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv2 = nn.Conv2d(4, 8, 3, padding=1)
-        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
-        self.conv1 = nn.Conv1d(12, 6, 5, padding=2)
-        self.conv3 = nn.Conv3d(1, 4, (2, 3, 3))
-        self.head = nn.Linear(4 * 5 * 4 * 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.grouped(self.conv2(x).relu()).relu()
-        x = self.conv1(x.flatten(2)).relu().unflatten(2, (6, 6))
-        y: Tensor = self.head(self.conv3(x[:, None]).relu().flatten(1))
-        return y
-
-
 def srigl(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> SRigL:
     """SRigL with an update every other step, so that short trainings have many."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -96,6 +80,12 @@ def test_mask_weight_gradient_and_state_agree_after_every_step(name: str) -> Non
         assert_agreement(sparse)
         assert_constant_fan_in(sparse)
     assert any(not torch.equal(a, b.mask) for a, b in zip(first, sparse.layers, strict=True))
+
+
+def test_torch_s_elementwise_optimizers_cost_no_masking_of_weights() -> None:
+    model = mlp(8, 4)
+    others = {name for name, build in OPTIMIZERS.items() if not is_elementwise(build(model.parameters()))}
+    assert others == {"muon"}
 
 
 @settings(deadline=None, max_examples=25)

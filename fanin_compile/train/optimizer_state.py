@@ -14,7 +14,7 @@ from fanin_compile.train.layers import SparseLayer
 # An update of these is a function of one entry's own gradient, weight and state, and 0 where all three are 0
 # (Adafactor's factored state only scales it), so that inactive weights stay 0 without being touched.
 _ELEMENTWISE = (
-    torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
     torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop,
     torch.optim.Adafactor,
 )  # fmt: skip

@@ -81,8 +81,8 @@ def run(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     sparse = None
     if method != "dense":
-        options = {"sparsity": sparsity, "total_steps": STEPS, "delta_t": DELTA_T, "seed": seed}
-        sparse = METHODS[method](model, optimizer, **options)
+        updates = {} if method == "static" else {"total_steps": STEPS, "delta_t": DELTA_T}
+        sparse = METHODS[method](model, optimizer, sparsity=sparsity, seed=seed, **updates)
     order = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         pick = torch.randint(len(data.train_x), (BATCH,), generator=order)

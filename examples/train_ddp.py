@@ -43,11 +43,20 @@ else:
 optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
 sparse = SRigL(run, optimizer, sparsity=0.9, total_steps=args.steps, delta_t=20)
 
-# One file for each rank: its shard of the weights, its part of a gradient that is being recorded.
+# A file for each rank and step: its shard of the weights, its part of a gradient that is being recorded.
 args.checkpoint.mkdir(exist_ok=True)
-file = args.checkpoint / f"{'fsdp' if args.fsdp else 'ddp'}-{rank}-of-{ranks}.pt"
-if file.exists():
-    saved = torch.load(file, weights_only=True)
+name = f"{'fsdp' if args.fsdp else 'ddp'}-{rank}-of-{ranks}-step"
+
+
+def files() -> dict[int, Path]:
+    """This rank's checkpoints by step."""
+    return {int(file.stem.removeprefix(name)): file for file in args.checkpoint.glob(f"{name}*.pt")}
+
+
+steps_of_ranks: list[set[int]] = [set()] * ranks
+dist.all_gather_object(steps_of_ranks, set(files()))
+if complete := set.intersection(*steps_of_ranks):  # a rank that was killed may lack the newest
+    saved = torch.load(files()[max(complete)], weights_only=True)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     sparse.load_state_dict(saved["sparse"])
@@ -67,9 +76,12 @@ for step in range(sparse.steps, args.steps):
             "optimizer": optimizer.state_dict(),
             "sparse": sparse.state_dict(),
         }
+        file = args.checkpoint / f"{name}{step + 1}.pt"
         torch.save(state, file.with_suffix(".new"))
-        dist.barrier()  # all have written before any replaces its last one
         file.with_suffix(".new").replace(file)
+        dist.barrier()  # all have this one before any deletes an older one
+        for older in set(files().values()) - {file}:
+            older.unlink()
 
 with torch.no_grad():
     accuracy = (run(data.test_x).argmax(1) == data.test_y).float().mean().item()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from fanin_compile.errors import OptionError
-from fanin_compile.train import SET, RigL, SparseTraining, Static
+from fanin_compile.errors import MaskError, OptionError
+from fanin_compile.train import SET, RigL, SparseTraining, SRigL, Static
 from tests.train_support import (
     assert_agreement,
     assert_same_bits,
@@ -21,10 +23,12 @@ from tests.train_support import (
 METHODS: tuple[type[SparseTraining], ...] = (RigL, SET, Static)
 
 
-def start(method: type[SparseTraining], **options: Any) -> SparseTraining:
-    model = mlp(24, 32, 16, 4)
+def start(method: type[SparseTraining], model: nn.Module | None = None, **options: Any) -> SparseTraining:
+    model = model or mlp(24, 32, 16, 4)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    return method(model, optimizer, **({"total_steps": 40, "delta_t": 2, "sparsity": 0.8} | options))
+    updates: dict[str, Any] = {} if method is Static else {"total_steps": 40, "delta_t": 2}
+    settings: dict[str, Any] = {"sparsity": 0.8, **updates, **options}
+    return method(model, optimizer, **settings)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,7 +41,7 @@ def test_every_step_keeps_the_count_and_the_zeros(method: type[SparseTraining]) 
         for layer, mask in zip(sparse.layers, first, strict=True):
             assert int(layer.mask.sum()) == int(mask.sum())
     changed = any(not torch.equal(a, b.mask) for a, b in zip(first, sparse.layers, strict=True))
-    assert changed is method.changes_topology
+    assert changed is (method is not Static)
 
 
 def test_unstructured_methods_use_the_whole_budget_and_static_a_constant_fan_in() -> None:
@@ -81,7 +85,52 @@ def test_seeded_and_resumed_bit_for_bit(method: type[SparseTraining]) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, SRigL])
 def test_a_layer_left_without_weights_is_named(method: type[SparseTraining]) -> None:
+    model = mlp(24, 32, 16, 4)
+    before = parameters(model)
     with pytest.raises(OptionError, match=r"layer '4.weight'.*fan-in of 0"):
-        start(method, overrides={"4": 0.995})
+        start(method, model, overrides={"4": 0.995})
+    assert_same_bits(before, parameters(model))
+
+
+@pytest.mark.parametrize("method", [*METHODS, SRigL])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 16), r"4.weight: expected a bool buffer.*found torch.float32"),
+        (torch.ones(4, 15, dtype=torch.bool), r"found torch.bool of shape \(4, 15\)"),
+        (torch.zeros(4, 16, dtype=torch.bool), "layer '4.weight': 0 active weights"),
+    ],
+)
+def test_a_mask_that_cannot_be_started_from_is_refused(
+    method: type[SparseTraining], mask: torch.Tensor, message: str
+) -> None:
+    model = mlp(24, 32, 16, 4)
+    model[4].register_buffer("weight_mask", mask)
+    before = parameters(model)
+    with (
+        warnings.catch_warnings(action="ignore"),  # the mask is of another sparsity, too
+        pytest.raises((MaskError, OptionError), match=message),
+    ):
+        start(method, model)
+    assert_same_bits(before, parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (Static, {"total_steps": 40}),
+        (Static, {"alpha": 0.5}),
+        (Static, {"delta_t": 2}),
+        (Static, {"t_end": 20}),
+        (Static, {"grad_steps": 2}),
+        (Static, {"mha_blocks": "head"}),
+        (SET, {"grad_steps": 2}),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    method: type[SparseTraining], option: dict[str, Any]
+) -> None:
+    with pytest.raises((TypeError, OptionError), match=next(iter(option))):
+        start(method, **option)

@@ -184,6 +184,34 @@ def test_autocast_trains_and_agrees() -> None:
         assert_constant_fan_in(sparse)
 
 
+def test_float16_autocast_with_a_scaler_that_overflows_at_first() -> None:
+    """Steps that the scaler skips count as steps, and an update waits whose gradient overflowed."""
+    model, optimizer, sparse = start(delta_t=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+    first, skipped, waited, updates = [layer.mask.clone() for layer in sparse.layers], 0, 0, 0
+    for step in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, batch(model, step))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scale = scaler.get_scale()
+        scaler.update()
+        skipped += scaler.get_scale() < scale
+        finite = all(x.param.grad is not None and x.param.grad.isfinite().all() for x in sparse.layers)
+        updated = sparse.step()
+        waited += not finite and step % 2
+        assert finite or not updated
+        updates += updated
+        assert_constant_fan_in(sparse)
+        if finite:
+            assert_agreement(sparse)
+    assert skipped > 2
+    assert waited > 1
+    assert updates > 2
+    assert any(not torch.equal(a, b.mask) for a, b in zip(first, sparse.layers, strict=True))
+
+
 def test_bfloat16_weights_train_and_agree() -> None:
     model, optimizer, sparse = start(torch.bfloat16)
     train(model, optimizer, sparse, 9)
@@ -197,15 +225,17 @@ def sgd_start(model: nn.Module) -> tuple[torch.optim.Optimizer, SRigL]:
     return optimizer, SRigL(model, optimizer, total_steps=40, delta_t=3, sparsity=0.75, gamma_sal=0.8)
 
 
-def test_a_compiled_step_equals_the_eager_one() -> None:
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_equals_the_eager_one(backend: str) -> None:
     """The whole step in the user's torch.compile, and SRigL given the compiled model."""
     eager, model = mlp(16, 32, 24, 4, dtype=F64), mlp(16, 32, 24, 4, dtype=F64)
-    compiled = torch.compile(nn.Sequential(model), backend="aot_eager")
+    compiled = torch.compile(nn.Sequential(model), backend=backend)
     assert isinstance(compiled, nn.Module)
     optimizer, sparse = sgd_start(compiled)
     assert [layer.name for layer in sparse.layers] == ["0.0.weight", "0.2.weight", "0.4.weight"]
 
-    @torch.compile(backend="aot_eager")
+    @torch.compile(backend=backend)
     def whole_step(x: torch.Tensor) -> None:
         optimizer.zero_grad()
         loss_of(compiled, x).backward()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fanin_compile.errors import OptionError
-from fanin_compile.train import SRigL
+from fanin_compile.train import SRigL, prune_to_fan_in
 from fanin_compile.train.layers import find_layers
 from tests.train_support import assert_agreement, assert_constant_fan_in, fan_ins, mlp, train, weight_and_mask
 
@@ -64,6 +64,12 @@ def test_attention_input_projection_in_blocks(blocks: Any, count: int) -> None:
         assert min(per_block) >= 2, "a head's 32 weights need 2 of its neurons"
 
 
+def test_a_state_of_other_blocks_is_refused() -> None:
+    state = start(Attention(), mha_blocks="head").state_dict()
+    with pytest.raises(OptionError, match=r"'mha.in_proj_weight': the state is of 12 blocks; expected 3"):
+        start(Attention(), mha_blocks="projection").load_state_dict(state)
+
+
 def test_attention_with_other_key_and_value_widths() -> None:
     torch.manual_seed(0)
     model = Attention(kdim=8)
@@ -108,6 +114,32 @@ def test_tied_layers_share_one_mask_and_either_name_means_them() -> None:
     assert weight_and_mask(model[0])[1] is weight_and_mask(model[2])[1]
     train(sparse.model, sparse.optimizer, sparse, 6)
     assert_agreement(sparse)
+
+
+def test_tied_convolutions_in_another_memory_format_keep_one_mask() -> None:
+    """.to(memory_format=...) gives each owner a buffer of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+    model[2].weight = model[0].weight
+    sparse = start(model, sparsity=0.8)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has no stub for it
+    train_on(sparse, torch.randn(4, 8, 6, 6))
+    for layer in (model[0], model[2]):
+        weight, mask = weight_and_mask(layer)
+        assert not weight[~mask].any()
+        assert torch.equal(mask, sparse.layers[0].mask)
+    assert sparse.layers[0].explored is not None
+    assert not torch.equal(sparse.layers[0].explored, sparse.layers[0].mask), "there were updates"
+
+
+def test_a_mask_is_found_under_any_of_the_names_of_a_tied_weight() -> None:
+    model = mlp(16, 16, 16, 4)
+    prune_to_fan_in(model, 0.5, include="2")
+    model[0].weight = model[2].weight
+    before = weight_and_mask(model[2])[1].clone()
+    start(model)
+    assert torch.equal(weight_and_mask(model[0])[1], before)
+    assert torch.equal(weight_and_mask(model[2])[1], before)
 
 
 def test_weights_that_cannot_be_sparse_are_named_with_the_reason() -> None:

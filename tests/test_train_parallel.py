@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fanin_compile.train import shards
 from tests import train_worker
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +56,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("no-sync", 2, 2),
         ("fsdp", 1, 1),
         ("fsdp-micro", 2, 1),
+        ("fsdp-cut", 2, 1),
     ],
 )
 def test_two_ranks_equal_one_process_on_the_joint_batch(
@@ -61,6 +65,44 @@ def test_two_ranks_equal_one_process_on_the_joint_batch(
     """That masks are the same on all ranks after every step is checked in the workers."""
     expected = train_worker.alone(micro, grad_steps)
     assert_equal_training(torch.load(compared / f"{job}.pt", weights_only=True), expected)
+
+
+@pytest.mark.parametrize("name", train_worker.BASELINES)
+def test_baselines_on_two_ranks_equal_one_process(compared: Path, name: str) -> None:
+    assert_equal_training(torch.load(compared / f"{name}.pt", weights_only=True), train_worker.baseline(name))
+
+
+@pytest.mark.parametrize("job", ["prune", "prune-fsdp"])
+def test_two_ranks_prune_by_the_gradient_of_the_joint_batch(compared: Path, job: str) -> None:
+    assert_equal_training(torch.load(compared / f"{job}.pt", weights_only=True), train_worker.pruned())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("steps", r"ranks differ \(0: step 4, masks (\w+), 1: step 5, masks \1\)"),
+        ("masks", r"ranks differ \(0: step 0, masks (\w+), 1: step 0, masks (?!\1)\w+\)"),
+    ],
+)
+def test_ranks_that_stand_at_different_places_are_told(compared: Path, what: str, message: str) -> None:
+    for rank in (0, 1):
+        assert re.search(message, (compared / f"mixed-{what}-{rank}.txt").read_text())
+
+
+def test_what_ranks_tell_each_other_is_sent_from_the_weights_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses tensors of the CPU."""
+    sent: list[str] = []
+
+    def all_gather(found: list[Tensor], mine: Tensor) -> None:
+        sent.extend(tensor.device.type for tensor in (*found, mine))
+        raise InterruptedError
+
+    monkeypatch.setattr(shards, "_several", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    with pytest.raises(InterruptedError):
+        shards.of_all_ranks([1, 2], torch.empty(3, device="meta"))
+    assert sent == ["meta"] * 3
 
 
 def test_a_killed_rank_and_a_resume_lose_nothing(tmp_path: Path) -> None:

@@ -41,6 +41,20 @@ def test_the_first_record_by_eye() -> None:
     assert report.history[0].sparsity == pytest.approx(0.8)
 
 
+def test_multiply_adds_of_the_whole_model_by_eye() -> None:
+    """A dense first layer of 20 x 40, a sparse second one of 40 x 10 at 80 %: 800 + 80 of 1200."""
+    sparse = start(dense_first=True)
+    report = TrainingReport(sparse, [batch(sparse.model, 0)])
+    snapshot = report.record()
+    assert snapshot.inference_macs == 800 + 80
+    # thrice that, and in one step of four the gradient of the weight is dense
+    assert snapshot.training_macs == 3 * (800 + 80) + (400 - 80) / 4
+    assert str(report).splitlines()[-1].endswith(", multiply-adds 73.3% of dense, 75.6% in training")
+    without = TrainingReport(sparse)
+    assert without.record().inference_macs is None
+    assert "multiply-adds" not in str(without)
+
+
 def test_history_follows_ablation_and_exploration() -> None:
     sparse = start(gamma_sal=1.0, alpha=0.9)
     report = TrainingReport(sparse)
@@ -60,7 +74,7 @@ def test_history_follows_ablation_and_exploration() -> None:
 
 def test_dense_gradients_are_free_once_the_topology_is_final() -> None:
     model = mlp(20, 40, 10)
-    static = Static(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=10, sparsity=0.8)
+    static = Static(model, torch.optim.SGD(model.parameters(), 0.1), sparsity=0.8)
     layer = TrainingReport(static, [batch(model, 0)]).record().layers[0]
     assert layer.inference_macs is not None
     assert layer.training_macs == 3 * layer.inference_macs
@@ -88,7 +102,6 @@ def test_multiply_adds_count_positions_and_tokens() -> None:
     static = Static(
         model,
         torch.optim.SGD(model.parameters(), 0.1),
-        total_steps=10,
         sparsity=0.5,
         allocation="uniform",
         dense_first=False,
@@ -134,6 +147,19 @@ def test_table_json_and_order() -> None:
         report.record()
 
 
+@pytest.mark.parametrize("keep_masks", [True, False])
+def test_what_was_learnt_is_reported_after_finalize(keep_masks: bool) -> None:
+    sparse = start(gamma_sal=1.0, alpha=0.9)
+    report = TrainingReport(sparse)
+    train(sparse.model, sparse.optimizer, sparse, 20)
+    before, described = report.record(), repr(sparse).splitlines()[1:]
+    assert before.explored > 1 - before.sparsity
+    sparse.finalize(keep_masks=keep_masks)
+    assert report.record() == before
+    assert repr(sparse).splitlines() == ["SRigL at step 20, finalized", *described]
+    assert str(report).splitlines()[-1].startswith("step 20, finalized: sparsity")
+
+
 def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     sparse = start()
@@ -156,7 +182,7 @@ def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:
 
     sparse = start()
     writer = SummaryWriter(str(tmp_path))
-    report = TrainingReport(sparse, writer=writer)
+    report = TrainingReport(sparse, [batch(sparse.model, 0)], writer=writer)
     for _ in range(3):
         report.record(accuracy=0.1 * sparse.steps)
         train(sparse.model, sparse.optimizer, sparse, 4)
@@ -166,3 +192,6 @@ def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:
     fan_in = [(event.step, event.value) for event in events.Scalars("fan_in/0.weight")]
     assert fan_in == [(s.step, s.layers[0].fan_in) for s in report.history]
     assert len(events.Scalars("metrics/accuracy")) == 3
+    for name in ("inference", "training"):
+        macs = [event.value for event in events.Scalars(f"macs/{name}")]
+        assert macs == [getattr(snapshot, f"{name}_macs") for snapshot in report.history]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fanin_compile.errors import FaninError, MaskError, OptionError
-from fanin_compile.train import SRigL
+from fanin_compile.train import SRigL, Static
+from fanin_compile.train.optimizer_state import is_elementwise
 from tests.train_support import (
+    ConvNet,
     assert_agreement,
     assert_constant_fan_in,
     assert_same_bits,
@@ -46,24 +49,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adafactor": torch.optim.Adafactor,
     "muon": lambda p: torch.optim.Muon([x for x in p if x.dim() == 2], 0.01),  # dense updates: masked again
 }
-
-
-class ConvNet(nn.Module):
-    """Every kind of convolution, groups included, on inputs [B, 4, 6, 6]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv2 = nn.Conv2d(4, 8, 3, padding=1)
-        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
-        self.conv1 = nn.Conv1d(12, 6, 5, padding=2)
-        self.conv3 = nn.Conv3d(1, 4, (2, 3, 3))
-        self.head = nn.Linear(4 * 5 * 4 * 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.grouped(self.conv2(x).relu()).relu()
-        x = self.conv1(x.flatten(2)).relu().unflatten(2, (6, 6))
-        y: Tensor = self.head(self.conv3(x[:, None]).relu().flatten(1))
-        return y
 
 
 def srigl(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> SRigL:
@@ -97,24 +82,29 @@ def test_mask_weight_gradient_and_state_agree_after_every_step(name: str) -> Non
     assert any(not torch.equal(a, b.mask) for a, b in zip(first, sparse.layers, strict=True))
 
 
+def test_torch_s_elementwise_optimizers_cost_no_masking_of_weights() -> None:
+    model = mlp(8, 4)
+    others = {name for name, build in OPTIMIZERS.items() if not is_elementwise(build(model.parameters()))}
+    assert others == {"muon"}
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     widths=st.lists(st.integers(6, 24), min_size=3, max_size=4),
     sparsity=st.sampled_from([0.3, 0.5, 0.8]),
-    gamma=st.sampled_from([0.0, 0.3, 0.99]),
-    ablation=st.booleans(),
+    ablation=st.sampled_from([{"ablation": False}, *({"gamma_sal": gamma} for gamma in (0.0, 0.3, 0.99))]),
     delta_t=st.integers(1, 3),
     allocation=st.sampled_from(["erk", "uniform"]),
     seed=st.integers(0, 1000),
 )
 def test_constant_fan_in_within_budget_after_every_update(
-    widths: list[int], sparsity: float, gamma: float, ablation: bool, delta_t: int, allocation: Any, seed: int
+    widths: list[int], sparsity: float, ablation: Any, delta_t: int, allocation: Any, seed: int
 ) -> None:
     model = mlp(*widths, seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     sparse = SRigL(
-        model, optimizer, total_steps=16, delta_t=delta_t, sparsity=sparsity, gamma_sal=gamma,
-        ablation=ablation, allocation=allocation, seed=seed, dense_first=False,
+        model, optimizer, total_steps=16, delta_t=delta_t, sparsity=sparsity, allocation=allocation, seed=seed,
+        dense_first=False, **ablation,
     )  # fmt: skip
     for _ in range(16):
         train(model, optimizer, sparse, 1)
@@ -181,6 +171,32 @@ def test_ablation_stops_at_the_guard_and_spares_the_last_layer() -> None:
     assert alive[-1] == 8
 
 
+@pytest.mark.parametrize("tie", ["weight", "module"])
+def test_outputs_computed_by_an_earlier_weight_are_spared(tie: str) -> None:
+    """The weight that the last module holds counts, where it was registered first too."""
+    model = mlp(16, 16, 16, 16)
+    if tie == "weight":
+        model[4].weight = model[0].weight
+    else:
+        model[4] = model[0]
+    sparse = srigl(model, gamma_sal=1.0, sparsity=0.5, alpha=0.9)
+    train(model, sparse.optimizer, sparse, 29)
+    alive = {layer.name: sum(k > 0 for k in fan_ins(layer)) for layer in sparse.layers}
+    assert sparse.plan.last == "0.weight"
+    assert alive["0.weight"] == 16
+    assert alive["2.weight"] < 16
+
+
+def test_the_repr_says_which_layers_are_never_ablated() -> None:
+    def spared(**options: Any) -> list[str]:
+        lines = repr(srigl(mlp(16, 32, 24, 6), **options)).splitlines()[1:]
+        return [line.split(":")[0].strip() for line in lines if line.endswith(", never ablated")]
+
+    assert spared() == ["4.weight"]
+    assert spared(no_ablation="0") == ["0.weight", "4.weight"]
+    assert spared(ablate_last=True) == spared(ablation=False) == []
+
+
 # Each of these changes the masks of the same training; an option that is accepted and dropped would not.
 VARIANTS: dict[str, dict[str, Any]] = {
     "sparsity": {"sparsity": 0.7},
@@ -199,25 +215,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "init keep": {"init": "keep"},
     "grad_steps": {"grad_steps": 2},
     "seed": {"seed": 1},
-    "ablation": {"ablation": False},
+    "ablation": {"ablation": False, "gamma_sal": 0.3},
     "gamma_sal": {"gamma_sal": 0.6},
     "ablation_reference": {"ablation_reference": "dense"},
-    "ablate_last": {"ablate_last": True, "gamma_sal": 1.0},
+    "ablate_last": {"ablate_last": True},
     "no_ablation": {"no_ablation": "0"},
 }
 
 
 def masks_after(**options: Any) -> dict[str, Tensor]:
     model = mlp(16, 32, 24, 6)
-    chosen: dict[str, Any] = {"gamma_sal": 0.9} | options
-    sparse = srigl(model, **chosen)
+    sparse = srigl(model, **options)
     train(model, sparse.optimizer, sparse, 20)
     return {layer.name: layer.mask for layer in sparse.layers}
 
 
 @pytest.mark.parametrize("option", VARIANTS)
 def test_every_option_changes_the_result(option: str) -> None:
-    plain, changed = masks_after(), masks_after(**VARIANTS[option])
+    common = {
+        "gamma_sal": 1.0 if option == "ablate_last" else 0.9
+    }  # at 0.9 the last layer stays whole anyway
+    plain, changed = masks_after(**common), masks_after(**common | VARIANTS[option])
     assert plain.keys() != changed.keys() or any(not torch.equal(plain[n], changed[n]) for n in plain)
 
 
@@ -309,12 +327,78 @@ def test_deepcopy_and_save_during_training_give_masked_models() -> None:
     assert_agreement(sparse)
 
 
+def test_a_replaced_parameter_is_noticed_at_the_next_step() -> None:
+    def assign(model: nn.Module) -> None:
+        model.load_state_dict(mlp(16, 32, 4).state_dict(), strict=False, assign=True)
+
+    def parametrize(model: nn.Module) -> None:
+        nn.utils.parametrizations.weight_norm(model.get_submodule("0"))
+
+    for replace in (assign, parametrize):
+        model = mlp(16, 32, 4)
+        sparse = srigl(model)
+        train(model, sparse.optimizer, sparse, 1)
+        replace(model)
+        with pytest.raises(
+            FaninError, match=r"0\.weight: the model holds another Parameter.*after fully_shard"
+        ):
+            sparse.step()
+        with pytest.raises(FaninError, match="another Parameter"):
+            sparse.finalize()
+        assert sparse.steps == 1
+
+
+def test_a_training_that_would_stay_hooked_to_the_original_is_not_copied() -> None:
+    model = mlp(16, 32, 4)
+    sparse = srigl(model)
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(FaninError, match="SRigL cannot be copied or pickled"):
+            copied((model, sparse.optimizer, sparse) if copied is not copy.copy else sparse)
+
+
+class CountingSGD(torch.optim.SGD):
+    """Keeps of each entry whether and how often its gradient was not 0."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            for key, dtype in (("seen", torch.bool), ("count", torch.int64)):
+                state.setdefault(key, torch.ones_like(param, dtype=dtype))
+                state[key] += (param.grad != 0).to(dtype)
+
+
+class NoisySGD(torch.optim.SGD):
+    """Langevin dynamics: noise in every weight and every momentum, active or not."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            param += 1e-3 * torch.randn_like(param)
+            self.state[param]["momentum_buffer"] += 1e-3 * torch.randn_like(param)
+
+
+@pytest.mark.parametrize("kind", [CountingSGD, NoisySGD])
+def test_optimizers_of_others_are_kept_clear_off_the_mask(kind: type[torch.optim.SGD]) -> None:
+    model = mlp(24, 32, 16, 4)
+    optimizer = kind(model.parameters(), 0.05, momentum=0.9)
+    sparse = srigl(model, optimizer, gamma_sal=0.5)
+    for _ in range(8):
+        train(model, optimizer, sparse, 1)
+        assert_agreement(sparse)
+        assert_constant_fan_in(sparse)
+    assert sparse.layers[0].explored is not None
+    assert not torch.equal(sparse.layers[0].explored, sparse.layers[0].mask), "there were updates"
+
+
 def test_a_model_with_masks_starts_from_them_and_keeps_its_weights() -> None:
     model = mlp(16, 32, 4)
     sparse = srigl(model)
     train(model, sparse.optimizer, sparse, 5)
     before = parameters(sparse.finalize())
-    again = srigl(model, sparsity=0.5)
+    again = srigl(model)
     assert_same_bits(before, parameters(model))
     assert [x.budgets for x in again.layers] == [(int(x.mask.sum()),) for x in again.layers]
     again.layers[0].mask[0, 0] ^= True
@@ -330,6 +414,22 @@ def test_weights_written_off_the_mask_are_reported_at_the_next_update() -> None:
         sparse.layers[0].param.fill_(1.0)
     with pytest.raises(MaskError, match=r"0\.weight: \d+ weights off the mask"):
         train(model, sparse.optimizer, sparse, 1)
+
+
+def test_weights_written_off_the_mask_after_the_last_update_are_reported_by_finalize() -> None:
+    model, dense = mlp(16, 32, 4), mlp(16, 32, 4).state_dict()
+    trained = srigl(model)
+    train(model, trained.optimizer, trained, 31)  # the topology is final from step 30 on
+    static_model = mlp(16, 32, 4)
+    static = Static(static_model, torch.optim.SGD(static_model.parameters(), 0.05), sparsity=0.75)
+    for sparse in (trained, static):
+        sparse.model.load_state_dict(dense, strict=False)
+        with pytest.raises(MaskError, match=r"0\.weight: \d+ weights off the mask are not 0"):
+            sparse.finalize()
+        train(sparse.model, sparse.optimizer, sparse, 1)
+        for layer in sparse.layers:
+            assert layer.param.grad is not None
+            assert not layer.param.grad[~layer.mask].any(), "the hooks are still there"
 
 
 @pytest.mark.parametrize(
@@ -349,6 +449,10 @@ def test_weights_written_off_the_mask_are_reported_at_the_next_update() -> None:
         ({"init": "kaiming"}, "init is 'kaiming'"),
         ({"gamma_sal": 1.5}, "gamma_sal is 1.5"),
         ({"ablation_reference": "k"}, "ablation_reference is 'k'"),
+        ({"ablation": False, "gamma_sal": 0.9}, "ablation is False, with gamma_sal; expected none"),
+        ({"ablation": False, "ablate_last": True, "no_ablation": "0"}, "with ablate_last, no_ablation"),
+        ({"ablation": False, "ablation_reference": "dense"}, "with ablation_reference"),
+        ({"allocation": "uniform", "erk_power": 0.5}, "erk_power is 0.5"),
         ({"mha_blocks": "q"}, "mha_blocks is 'q'"),
         ({"total_steps": 0}, "total_steps is 0"),
         ({"grad_steps": 0}, "grad_steps is 0"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from fractions import Fraction
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +23,55 @@ def test_closed_form_is_within_the_simulation_s_interval(n: int, k: int, law: Ma
     assert abs(simulated.mean - 1.0) < 4 * simulated.mean_error
     assert abs(simulated.variance - expected) < 4 * simulated.variance_error
     assert simulated.variance_error < 0.035 * expected, "tight enough to tell the laws apart"
+
+
+def norm_moments(mask: tuple[tuple[int, ...], ...], k: int) -> tuple[Fraction, Fraction]:
+    """E|z|^2 and E|z|^4 of one mask, exact: w and xi integrated out given u, then u over the sphere.
+
+    With S_i = sum_j I_ij u_j^2: E[z_i^2] = S_i / k, E[z_i^4] = 6 S_i^2 / k^2, neurons independent given u; the
+    moments of the sphere are E[u_j^4] = 3 / (n(n+2)), E[u_j^2 u_l^2] = 1 / (n(n+2)), E[u_j^2] = 1 / n.
+    """
+    n = len(mask)
+    mean = Fraction(sum(map(sum, mask)), n * k)
+    fourth = Fraction(0)
+    for i, a in enumerate(mask):
+        for m, b in enumerate(mask):
+            pairs = sum(a[j] * b[h] * (3 if j == h else 1) for j in range(n) for h in range(n))
+            fourth += (6 if i == m else 1) * Fraction(pairs, k * k * n * (n + 2))
+    return mean, fourth
+
+
+@functools.cache
+def variance_by_enumeration(n: int, k: int, law: MaskLaw) -> float:
+    """Var|z|^2 over all 2^(n n) masks, each with its probability under the law."""
+    p = Fraction(k, n)
+    total, mean, fourth = Fraction(0), Fraction(0), Fraction(0)
+    for mask in itertools.product(itertools.product((0, 1), repeat=n), repeat=n):
+        ones = sum(map(sum, mask))
+        if law == "bernoulli":
+            weight = p**ones * (1 - p) ** (n * n - ones)
+        elif law == "per layer":
+            weight = Fraction(ones == n * k)
+        else:
+            weight = Fraction(all(sum(row) == k for row in mask))
+        if weight:
+            first, second = norm_moments(mask, k)
+            total, mean, fourth = total + weight, mean + weight * first, fourth + weight * second
+    return float(fourth / total - (mean / total) ** 2)
+
+
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("law", MASK_LAWS)
+def test_closed_form_is_exact_for_every_law(n: int, k: int, law: MaskLaw) -> None:
+    assert output_norm_variance(n, k, law) == pytest.approx(variance_by_enumeration(n, k, law), rel=1e-12)
+
+
+def test_the_exact_values_of_the_laws_differ() -> None:
+    """By a hundredth and more, so that no law's closed form could stand in for another's in the test above."""
+    for k in (1, 2):
+        bernoulli, layer, fan_in = (variance_by_enumeration(3, k, law) for law in MASK_LAWS)
+        assert fan_in < 0.99 * layer
+        assert layer < 0.99 * bernoulli
 
 
 def test_the_simulation_tells_the_laws_apart() -> None:

@@ -21,6 +21,24 @@ def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.S
     return nn.Sequential(*parts[:-1])
 
 
+class ConvNet(nn.Module):
+    """Every kind of convolution, groups included, on inputs [B, 4, 6, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Conv2d(4, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.conv1 = nn.Conv1d(12, 6, 5, padding=2)
+        self.conv3 = nn.Conv3d(1, 4, (2, 3, 3))
+        self.head = nn.Linear(4 * 5 * 4 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grouped(self.conv2(x).relu()).relu()
+        x = self.conv1(x.flatten(2)).relu().unflatten(2, (6, 6))
+        y: Tensor = self.head(self.conv3(x[:, None]).relu().flatten(1))
+        return y
+
+
 def batch(model: nn.Module, step: int, size: int = 8) -> Tensor:
     """Inputs of step ``step`` for a model that starts with a Linear."""
     first = next(p for p in model.parameters() if p.dim() == 2)

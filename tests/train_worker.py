@@ -18,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fanin_compile.train import SRigL
+from fanin_compile.errors import FaninError
+from fanin_compile.train import SET, RigL, SparseTraining, SRigL, Static, prune_to_fan_in
 from tests.train_support import batch, loss_of, mlp
 
 F64 = torch.float64  # rounding of the sum over ranks cannot change a rank of the scores
@@ -31,6 +32,14 @@ def options(grad_steps: int = 1) -> dict[str, Any]:
     return {
         "total_steps": 40, "delta_t": UPDATE, "sparsity": 0.75, "gamma_sal": 0.9, "grad_steps": grad_steps
     }  # fmt: skip
+
+
+# What each baseline takes of these.
+BASELINES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], SparseTraining]] = {
+    "RigL": lambda model, opt: RigL(model, opt, total_steps=40, delta_t=UPDATE, sparsity=0.75),
+    "SET": lambda model, opt: SET(model, opt, total_steps=40, delta_t=UPDATE, sparsity=0.75),
+    "Static": lambda model, opt: Static(model, opt, sparsity=0.75),
+}
 
 
 def share(x: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def refuse_different_masks(sparse: SRigL) -> None:
+def refuse_different_masks(sparse: SparseTraining) -> None:
     """Every rank holds rank 0's masks."""
     for layer in sparse.layers:
         mine = layer.mask.to(torch.uint8)
@@ -61,7 +70,7 @@ def refuse_different_masks(sparse: SRigL) -> None:
 def train(
     run: nn.Module,
     optimizer: torch.optim.Optimizer,
-    sparse: SRigL,
+    sparse: SparseTraining,
     *,
     micro: int = 1,
     until: int = STEPS,
@@ -106,10 +115,34 @@ def ddp(*, wrap_first: bool, micro: int = 1, grad_steps: int = 1, view: bool = F
     return state(model)
 
 
-def sharded(grad_steps: int = 1) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
+def baseline(name: str) -> dict[str, Tensor]:
+    model = mlp(*WIDTHS, dtype=F64)
+    run = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = optimizer_for(model)
+    train(run, optimizer, BASELINES[name](model, optimizer))
+    return state(model)
+
+
+def pruned(*, shard: bool = False) -> dict[str, Tensor]:
+    """By the gradient of the joint batch, of which each rank has its share."""
+    model = sharded_mlp() if shard else mlp(*WIDTHS, dtype=F64)
+
+    def closure() -> None:
+        loss_of(model, share(batch(model, 0, 16))).backward()
+
+    prune_to_fan_in(model, 0.75, criterion="gradient", closure=closure)
+    return state(model)
+
+
+def sharded_mlp() -> nn.Module:
     model = mlp(*WIDTHS, dtype=F64)
     for layer in (model[0], model[2], model):
         fully_shard(layer)
+    return model
+
+
+def sharded(grad_steps: int = 1) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
+    model = sharded_mlp()
     optimizer = optimizer_for(model)
     return model, optimizer, SRigL(model, optimizer, **options(grad_steps))
 
@@ -120,7 +153,47 @@ def fsdp(micro: int = 1) -> dict[str, Tensor]:
     return state(model)
 
 
+def fsdp_cut(directory: Path) -> dict[str, Tensor]:
+    """Cut between the two micro-batches of the step that ends in an update."""
+    model, optimizer, sparse = sharded()
+    train(model, optimizer, sparse, micro=2, until=CUT)
+    optimizer.zero_grad()
+    first, second = batch(model, CUT, 16).chunk(2)
+    (loss_of(model, share(first)) / 2).backward()
+    file = directory / f"cut-{dist.get_rank()}.pt"
+    torch.save([model.state_dict(), optimizer.state_dict(), sparse.state_dict(grads=True)], file)
+    model, optimizer, sparse = resumed = sharded()
+    for part, saved in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(saved)
+    (loss_of(model, share(second)) / 2).backward()
+    optimizer.step()
+    assert sparse.step(), "the step that ends in an update"
+    train(model, optimizer, sparse, micro=2)
+    return state(model)
+
+
+def mixed(directory: Path) -> None:
+    """The two ranks load states of other steps, then of other masks; both are told, and nothing is changed."""
+    model = mlp(*WIDTHS, dtype=F64)
+    states = [
+        SRigL(seeded, optimizer_for(seeded), seed=seed, **options()).state_dict()
+        for seed in (1, 2)
+        for seeded in (mlp(*WIDTHS, dtype=F64),)
+    ]
+    sparse = SRigL(model, optimizer_for(model), **options())
+    rank = dist.get_rank()
+    for name, mine in (("steps", states[0] | {"steps": 4 + rank}), ("masks", states[rank])):
+        before = state(model)
+        try:
+            sparse.load_state_dict(mine)
+        except FaninError as error:
+            (directory / f"mixed-{name}-{rank}.txt").write_text(str(error))
+        assert all(torch.equal(value, before[key]) for key, value in state(model).items())
+    sparse.load_state_dict(states[0])
+
+
 def compare(directory: Path) -> None:
+    mixed(directory)
     jobs: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ddp": lambda: ddp(wrap_first=True),
         "sparse-first": lambda: ddp(wrap_first=False),
@@ -128,6 +201,10 @@ def compare(directory: Path) -> None:
         "no-sync": lambda: ddp(wrap_first=True, micro=2, grad_steps=2),
         "fsdp": fsdp,
         "fsdp-micro": lambda: fsdp(micro=2),
+        "fsdp-cut": lambda: fsdp_cut(directory),
+        "prune": pruned,
+        "prune-fsdp": lambda: pruned(shard=True),
+        **{name: functools.partial(baseline, name) for name in BASELINES},
     }
     for name, job in jobs.items():
         result = job()

@@ -1,65 +1,47 @@
-"""What every sparse training method shares: masks, masked gradients and state, when to update, checkpoints.
+"""What every sparse training method shares: masks, masked gradients and optimizer state, checkpoints, the end.
 
-A method overrides two pure choices, the first mask of a block of neurons and its next one: srigl.py,
-baselines.py.
+Methods that move connections are in dynamic.py; the methods themselves in srigl.py and baselines.py.
 """
 
 from __future__ import annotations
 
-import abc
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, NoReturn, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fanin_compile.errors import FaninError, OptionError
+from fanin_compile.train.allocation import fan_in
 from fanin_compile.train.checkpoint import restore, save
-from fanin_compile.train.gradient import all_finite, close_step, dense_gradient, forget, record
 from fanin_compile.train.initialise import InitScheme, check_scheme, initial_weight
-from fanin_compile.train.layers import SparseLayer, unwrap
+from fanin_compile.train.layers import MhaBlocks, SparseLayer, unwrap
 from fanin_compile.train.optimizer_state import clear_inactive_state, group_of, is_elementwise
 from fanin_compile.train.plan import LayerOptions, make_plan
-from fanin_compile.train.schedule import UpdateSchedule
 from fanin_compile.train.shards import from_first_rank, keep_from_ddp, local
+from fanin_compile.train.topology import random_fan_in
 
 
-@dataclass(frozen=True)
-class Block:
-    """Neurons that are ranked together, at an update: a layer, or one head of an attention projection."""
-
-    layer: SparseLayer
-    weight: Tensor  # [n, f], 0 off the mask
-    gradient: Tensor  # [n, f], dense; empty where the method needs none
-    mask: Tensor  # bool [n, f]
-    budget: int  # active weights that it may hold
-    fraction: float  # share of the active weights to drop
-    generator: torch.Generator  # on the CPU, the same on every rank
-
-
-class SparseTraining(abc.ABC):
+class SparseTraining:
     """Trains ``model`` sparse from its first step on; call ``step()`` after each ``optimizer.step()``.
 
     The constructor gives each chosen weight a bool buffer ``<weight>_mask``, sets the weight to 0 off it, and
-    hooks its gradient: after each backward the dense gradient is recorded when an update is near, then
-    masked, so that clipping, gradient scalers and the optimizer see gradients of active weights only. A
-    weight that has a mask already (from ``prune_to_fan_in``, or an earlier sparse training) starts from it
-    and keeps its values.
+    hooks its gradient: it is masked after each backward, so that clipping, gradient scalers and the optimizer
+    see gradients of active weights only. A weight that has a mask already (from ``prune_to_fan_in``, or an
+    earlier sparse training) starts from it and keeps its values, whatever ``allocation`` and ``sparsity`` say;
+    a warning tells when its masks are of another sparsity, and leaving such a weight out is refused.
+
+    Whatever replaces Parameters comes before: ``fully_shard``, then the optimizer, then this; DistributedDataParallel
+    before or after. A replaced Parameter is noticed by ``step()``. Copies of ``self`` are refused.
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
         optimizer: any torch optimizer that holds the weights; its per-element state is kept clear off the
             mask. On a CPU take ``fused=True`` where there is one (Adam, AdamW, SGD, Adagrad): Adam's other forms
             take square roots of the zeros in the state, at which MKL is ten times slower than at other numbers.
-        total_steps: optimizer steps of the whole training.
         sparsity: share of zeros over all sparse layers together, 0 <= s < 1. Decimals are exact: 0.9 is 9/10.
-        alpha: share of the active weights dropped at the start, decayed to 0 by a cosine at ``t_end``.
-        delta_t: optimizer steps from one topology update to the next.
-        t_end: step from which the topology is final; by default 75 % of ``total_steps``.
         allocation: "erk" (the larger a layer the sparser) or "uniform".
         erk_power: the ERK power scale exponent.
         dense_first: leave the first layer dense; by default, as is the custom, under "uniform" only.
@@ -70,9 +52,6 @@ class SparseTraining(abc.ABC):
             ``sparsity``.
         init: "scale" multiplies the weights as they are by sqrt(dense fan-in / fan-in), "he" and "xavier"
             draw new ones for the sparse fan-in, "keep" only masks.
-        grad_steps: optimizer steps over which the dense gradient is summed before an update.
-        mha_blocks: nn.MultiheadAttention's input projection as one "matrix", or each "projection" or "head"
-            of it ranked and given its budget by itself.
         seed: of every random choice; nothing depends on the global generators or on the rank.
 
     Raises:
@@ -80,43 +59,28 @@ class SparseTraining(abc.ABC):
             a weight that the optimizer does not hold.
     """
 
-    needs_gradient: ClassVar[bool] = True
-    changes_topology: ClassVar[bool] = True
+    _mha_blocks: MhaBlocks = "matrix"  # blocks matter to methods that rank weights
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
         sparsity: float = 0.9,
-        alpha: float = 0.3,
-        delta_t: int = 100,
-        t_end: int | None = None,
         init: InitScheme = "scale",
-        grad_steps: int = 1,
         seed: int = 0,
         **layer_options: Unpack[LayerOptions],
     ) -> None:
-        for option, value in (("total_steps", total_steps), ("grad_steps", grad_steps)):
-            if value < 1:
-                raise OptionError(f"{option} is {value}; expected at least 1")
         check_scheme(init)
         self.model = unwrap(model)
         self.optimizer = optimizer
-        self.schedule = UpdateSchedule(alpha, delta_t, total_steps * 3 // 4 if t_end is None else t_end)
-        self.grad_steps = grad_steps
         self.seed = seed
         self.steps = 0
-        self._due = False  # an update that waits for a finite gradient
-        self._finished = False
+        self.finalized = False
         self._masks_weights = not is_elementwise(optimizer)
-        if self.changes_topology and self.schedule.next_update(0) is None:
-            warnings.warn(
-                f"delta_t={delta_t} is not below t_end={self.schedule.t_end}: the topology will never change",
-                stacklevel=2,
-            )
-        self.plan = make_plan(self.model, sparsity=sparsity, **layer_options)
+        self.plan = make_plan(
+            self.model, sparsity=sparsity, blocks=self._mha_blocks, keep_masks=True, **layer_options
+        )
         self.layers = self.plan.sparse
         for layer in self.layers:
             group_of(optimizer, layer)  # raises for a weight that the optimizer does not hold
@@ -128,20 +92,27 @@ class SparseTraining(abc.ABC):
             layer.param.register_post_accumulate_grad_hook(partial(self._on_gradient, layer))
             for layer in self.layers
         ]
-        self._collecting = self._collects()
 
     # What a method chooses.
 
-    def _check_layers(self) -> None:  # noqa: B027 - most methods have nothing to check
-        """Look at, and mark, the planned layers before any of them is changed."""
+    def _check_layers(self) -> None:
+        """Refuse, and mark, planned layers before any of them is changed."""
+        for layer in self.layers:
+            fan_in(layer.name, min(layer.budgets), 1 if layer.has_mask else layer.block_neurons)
 
-    @abc.abstractmethod
     def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
         """Bool [layer.block_neurons, dense fan-in] on the CPU, with ``budget`` active weights or a bit less."""
+        k = fan_in(layer.name, budget, layer.block_neurons)
+        return random_fan_in(layer.block_neurons, layer.dense_fan_in, k, generator)
 
-    @abc.abstractmethod
-    def _next_mask(self, block: Block) -> Tensor:
-        """The mask of a block of neurons after an update."""
+    def _after_step(self) -> bool:
+        """What else a step does, now that it is counted; returns whether the topology changed."""
+        return False
+
+    @property
+    def dense_gradient_share(self) -> float:
+        """Share of optimizer steps, at this stage of the training, whose weight gradient has to be dense."""
+        return 0.0
 
     # The start.
 
@@ -151,7 +122,7 @@ class SparseTraining(abc.ABC):
         if layer.has_mask:
             init = "keep"
             mask = from_first_rank(layer.rows(layer.mask))
-            layer.budgets = tuple(int(block.sum()) for block in mask.chunk(layer.blocks))
+            layer.budgets = layer.counts(mask)
         else:
             blocks = [self._first_mask(layer, budget, generator) for budget in layer.budgets]
             mask = from_first_rank(torch.cat(blocks).to(layer.param.device))
@@ -168,78 +139,30 @@ class SparseTraining(abc.ABC):
 
     # Every step.
 
-    def _collects(self) -> bool:
-        """Whether the dense gradient of the coming optimizer step is part of an update."""
-        if not (self.changes_topology and self.needs_gradient):
-            return False
-        coming = self.schedule.next_update(self.steps)
-        return self._due or (coming is not None and self.steps + self.grad_steps >= coming)
-
-    @property
-    def dense_gradient_share(self) -> float:
-        """Share of optimizer steps, at this stage of the training, whose weight gradient has to be dense."""
-        final = self.schedule.next_update(self.steps) is None
-        if final or not (self.changes_topology and self.needs_gradient):
-            return 0.0
-        return min(1.0, self.grad_steps / self.schedule.delta_t)
-
     @torch.no_grad()
     def _on_gradient(self, layer: SparseLayer, param: Tensor) -> None:
         if param.grad is None:
             return
-        grad, multiplier = local(param.grad), layer.multiplier()
-        if self._collecting:
-            record(layer, grad)
+        grad, multiplier = local(param.grad), layer.multiplier()  # named first: Dynamo breaks its graph else
         grad.mul_(multiplier)
 
     @torch.no_grad()
     def step(self) -> bool:
         """Count one optimizer step and, when it is time, update the topology. Returns whether it changed it.
 
-        An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step.
+        An update whose gradient is not finite (a step that a GradScaler skipped) waits for the next step. Raises
+        FaninError when the model holds another Parameter than the one that is trained.
         """
-        if self._finished:
+        if self.finalized:
             raise FaninError("step() after finalize(): the hooks that masked gradients are gone")
+        for layer in self.layers:
+            layer.check_in_place()
         self.steps += 1
         if self._masks_weights:
             for layer in self.layers:
-                local(layer.param).mul_(layer.multiplier())
-        updated = False
-        if self.changes_topology and (self._due or self.schedule.updates_at(self.steps)):
-            updated = self._update()
-            self._due = not updated and self.steps < self.schedule.t_end
-        elif self._collecting:
-            for layer in self.layers:
-                close_step(layer)
-        self._collecting = self._collects()
-        return updated
-
-    # An update.
-
-    def _update(self) -> bool:
-        if not all_finite(self.layers):
-            for layer in self.layers:
-                forget(layer)
-            return False
-        fraction = self.schedule.fraction(self.steps)
-        for index, layer in enumerate(self.layers):
-            self._update_layer(layer, fraction, self._generator(index))
-        return True
-
-    def _update_layer(self, layer: SparseLayer, fraction: float, generator: torch.Generator) -> None:
-        layer.check_zeros()
-        mask, weight = layer.rows(layer.mask), layer.weight_rows()
-        gradient = dense_gradient(layer) if self.needs_gradient else weight.new_empty(layer.blocks, 0)
-        forget(layer)
-        if self.needs_gradient and not any(gradient.aminmax()):
-            return  # unused since the last update: nothing to rank by
-        per_block = (x.chunk(layer.blocks) for x in (weight, gradient, mask))
-        new = [
-            self._next_mask(Block(layer, w, g, m, budget, fraction, generator))
-            for w, g, m, budget in zip(*per_block, layer.budgets, strict=True)
-        ]
-        layer.set_mask(from_first_rank(torch.cat(new)))
-        self._apply_mask(layer)
+                layer.zero_inactive(layer.param)
+                clear_inactive_state(self.optimizer, layer)
+        return self._after_step()
 
     def _apply_mask(self, layer: SparseLayer) -> None:
         layer.zero_inactive(layer.param)
@@ -257,41 +180,62 @@ class SparseTraining(abc.ABC):
         Under several processes each rank saves its own, for a recorded gradient is the rank's. With ``grads``
         it also holds every ``.grad`` of the model: a run cut between micro-batches then goes on bit for bit.
         """
-        state = {"method": type(self).__name__, "steps": self.steps, "due": self._due, "seed": self.seed}
+        state = {"method": type(self).__name__, "steps": self.steps, "seed": self.seed}
         return state | save(self.layers, self.model if grads else None)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``; load the state of model and optimizer too, in any order.
 
-        Raises OptionError, before anything is changed, for the state of another method or of other layers.
+        With several processes every rank calls it, with its own state. Raises, before anything is changed, OptionError
+        for the state of another method or of other layers, FaninError where ranks stand at other steps or masks.
         """
         if state["method"] != type(self).__name__:
             raise OptionError(f"the state is of {state['method']}; expected {type(self).__name__}")
         restore(self.layers, self.model, state)
-        self.steps, self._due, self.seed = state["steps"], state["due"], state["seed"]
+        self.steps, self.seed = state["steps"], state["seed"]
         for layer in self.layers:
             self._apply_mask(layer)
-        self._collecting = self._collects()
 
     def finalize(self, *, keep_masks: bool = True) -> nn.Module:
         """Remove every hook and record; what is left is a plain module whose weights are 0 off their masks.
 
         ``keep_masks`` leaves the ``<weight>_mask`` buffers, by which the compiler knows an active weight that
         happens to be exactly 0. Returns the model.
+
+        Raises, before anything is removed, MaskError where something wrote a weight off its mask, and FaninError
+        where a Parameter was replaced.
         """
-        if not self._finished:
+        if not self.finalized:
+            for layer in self.layers:
+                layer.check_in_place()
+                layer.check_zeros()
             for handle in self._handles:
                 handle.remove()
             for layer in self.layers:
                 layer.release()
                 if not keep_masks:
                     layer.remove_mask()
-        self._finished = True
+        self.finalized = True
         return self.model
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """A copy would be hooked to the weights of the original."""
+        raise FaninError(
+            f"{type(self).__name__} cannot be copied or pickled; expected a new one, made with the copies of model and "
+            "optimizer, and load_state_dict(state_dict()) on it"
+        )
+
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} at step {self.steps}, {self.schedule}"]
-        lines += [f"  {layer.name}: {layer.describe()}" for layer in self.layers]
+        stage = ", finalized" if self.finalized else self._more()
+        lines = [f"{type(self).__name__} at step {self.steps}{stage}"]
+        lines += [f"  {layer.name}: {self._describe(layer)}" for layer in self.layers]
         lines += [f"  {name}: dense ({reason})" for name, reason in self.plan.dense.items()]
         return "\n".join(lines)
+
+    def _describe(self, layer: SparseLayer) -> str:
+        return layer.describe()
+
+    def _more(self) -> str:
+        """What the first line of the repr says besides the step."""
+        return ""

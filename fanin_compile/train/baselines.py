@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from fanin_compile.train.allocation import fan_in
-from fanin_compile.train.base import Block, SparseTraining
+from fanin_compile.train.base import SparseTraining
+from fanin_compile.train.dynamic import Block, DynamicTraining
 from fanin_compile.train.layers import SparseLayer
-from fanin_compile.train.topology import random_fan_in, random_unstructured, unstructured_update
+from fanin_compile.train.topology import random_unstructured, unstructured_update
 
 
-class RigL(SparseTraining):
+class RigL(DynamicTraining):
     """Unstructured: the layer's smallest weights go, its largest gradients grow (Evci et al. 2020)."""
 
+    def _check_layers(self) -> None:
+        for layer in self.layers:
+            fan_in(layer.name, min(layer.budgets), 1)  # refuses a layer without any weight
+
     def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
-        fan_in(layer.name, budget, 1)  # refuses a layer without any weight
         return random_unstructured(layer.block_neurons, layer.dense_fan_in, budget, generator)
 
     def _next_mask(self, block: Block) -> Tensor:
@@ -42,13 +46,4 @@ class SET(RigL):
 
 
 class Static(SparseTraining):
-    """A random constant fan-in mask that never changes."""
-
-    changes_topology: ClassVar[bool] = False
-
-    def _first_mask(self, layer: SparseLayer, budget: int, generator: torch.Generator) -> Tensor:
-        k = fan_in(layer.name, budget, layer.block_neurons)
-        return random_fan_in(layer.block_neurons, layer.dense_fan_in, k, generator)
-
-    def _next_mask(self, block: Block) -> Tensor:
-        return block.mask
+    """A random constant fan-in mask that never changes: it takes none of the options about updates."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fanin_compile.errors import OptionError
+from fanin_compile.errors import FaninError, OptionError
 from fanin_compile.train.layers import SparseLayer
-from fanin_compile.train.shards import local
+from fanin_compile.train.shards import local, of_all_ranks
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -43,12 +44,19 @@ def save(layers: Sequence[SparseLayer], model: nn.Module | None) -> dict[str, An
 
 @torch.no_grad()
 def restore(layers: Sequence[SparseLayer], model: nn.Module, state: Mapping[str, Any]) -> None:
-    """The reverse of ``save``; raises OptionError when it was saved of other layers, before changing
-    anything."""
+    """The reverse of ``save``. Before anything is changed, raises OptionError when it was saved of other layers or
+    blocks, and FaninError when the states of other ranks are of another step or have other masks."""
     saved = {name: tuple(entry["mask"].shape) for name, entry in state["layers"].items()}
     here = {layer.name: tuple(layer.param.shape) for layer in layers}
     if saved != here:
         raise OptionError(f"the state is of layers {saved}; expected {here}")
+    for layer in layers:
+        blocks = len(state["layers"][layer.name]["budgets"])
+        if blocks != layer.blocks:
+            raise OptionError(
+                f"layer {layer.name!r}: the state is of {blocks} blocks; expected {layer.blocks} (mha_blocks)"
+            )
+    _refuse_other_ranks(state, layers[0].param)
     for layer in layers:
         entry = state["layers"][layer.name]
         layer.set_mask(layer.rows(entry["mask"]))
@@ -60,6 +68,17 @@ def restore(layers: Sequence[SparseLayer], model: nn.Module, state: Mapping[str,
         if name in grads:
             param.grad = torch.zeros_like(param)
             local(param.grad).copy_(grads[name])
+
+
+def _refuse_other_ranks(state: Mapping[str, Any], like: Tensor) -> None:
+    """Ranks that stand at different steps would wait for each other, or mix their masks."""
+    digest = hashlib.sha256()
+    for entry in state["layers"].values():
+        digest.update(entry["mask"].cpu().numpy().tobytes())
+    ranks = of_all_ranks([state["steps"], int.from_bytes(digest.digest()[:6])], like)
+    if any(rank != ranks[0] for rank in ranks):
+        found = ", ".join(f"{i}: step {steps}, masks {masks:012x}" for i, (steps, masks) in enumerate(ranks))
+        raise FaninError(f"the states of ranks differ ({found}); expected one step and the same masks")
 
 
 def _on(param: Tensor, saved: Tensor | None) -> Tensor | None:

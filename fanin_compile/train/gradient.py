@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fanin_compile.train.layers import SparseLayer
-from fanin_compile.train.shards import local, mean_gradient, on_all_ranks
+from fanin_compile.train.shards import local, mean_gradient, of_all_ranks
 
 
 def record(layer: SparseLayer, grad: Tensor) -> None:
@@ -35,11 +35,11 @@ def forget(layer: SparseLayer) -> None:
     layer.gradient = layer.earlier = None
 
 
-def all_finite(layers: Iterable[SparseLayer]) -> bool:
+def all_finite(layers: Sequence[SparseLayer]) -> bool:
     """Whether every entry recorded on any rank is; both extremes of a tensor are NaN if any entry is."""
     parts = [part for layer in layers for part in (layer.gradient, layer.earlier) if part is not None]
     finite = [torch.stack(part.aminmax()).isfinite().all() for part in parts if part.numel()]
-    return on_all_ranks(all(finite))
+    return all(ok for (ok,) in of_all_ranks([all(finite)], layers[0].param))
 
 
 def dense_gradient(layer: SparseLayer) -> Tensor:

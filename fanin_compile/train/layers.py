@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from fanin_compile.errors import MaskError, OptionError
+from fanin_compile.errors import FaninError, MaskError, OptionError
 from fanin_compile.train.shards import gather, local, local_part
 
 MhaBlocks = Literal["matrix", "projection", "head"]
@@ -42,6 +43,7 @@ class SparseLayer:
     gradient: Tensor | None = None  # dense, of the optimizer step in progress; this rank's part
     earlier: Tensor | None = None  # dense, summed over the earlier steps of the window
     explored: Tensor | None = None  # bool: ever active (in-time over-parameterisation)
+    _removed: Tensor | None = field(default=None, repr=False)  # the mask, when its buffer is gone
     _multiplier: Tensor | None = field(default=None, repr=False)
     _multiplier_of: tuple[Tensor | None, int] = field(default=(None, 0), repr=False)
 
@@ -65,14 +67,19 @@ class SparseLayer:
     def mask_name(self) -> str:
         return f"{self.owners[0][1]}_mask"
 
+    def _buffer(self) -> Tensor | None:
+        """The mask of the first owner that has one."""
+        found = (module._buffers.get(f"{attribute}_mask") for module, attribute in self.owners)
+        return next((mask for mask in found if mask is not None), None)
+
     @property
     def has_mask(self) -> bool:
-        return self.module._buffers.get(self.mask_name) is not None
+        return self._buffer() is not None
 
     @property
     def mask(self) -> Tensor:
-        """The bool buffer; of the Parameter's whole shape on every rank."""
-        mask = self.module._buffers.get(self.mask_name)
+        """The bool buffer, of the Parameter's whole shape on every rank; once removed, what it was."""
+        mask = self._buffer() if self._removed is None else self._removed
         if mask is None or mask.dtype != torch.bool or mask.shape != self.param.shape:
             found = "none" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
             wanted = f"a bool buffer {self.mask_name!r} of shape {tuple(self.param.shape)}"
@@ -82,14 +89,16 @@ class SparseLayer:
     def set_mask(self, rows: Tensor) -> None:
         """Write bool [neurons, dense fan-in] into the buffer, registering it where there is none."""
         full = (rows.t() if self.transposed else rows).reshape(self.param.shape)
-        if self.has_mask:
-            self.mask.copy_(full)
-            return
-        mask = full.to(self.param.device, copy=True).contiguous()
+        mask = self.mask.copy_(full) if self.has_mask else full.to(self.param.device, copy=True).contiguous()
         for module, attribute in self.owners:
-            module.register_buffer(f"{attribute}_mask", mask)
+            other = module._buffers.get(f"{attribute}_mask")
+            if other is None:
+                module.register_buffer(f"{attribute}_mask", mask)
+            elif other is not mask:  # .to(memory_format=...) or another device gave each owner a copy
+                other.copy_(full)
 
     def remove_mask(self) -> None:
+        self._removed = self.mask
         for module, attribute in self.owners:
             delattr(module, f"{attribute}_mask")
 
@@ -100,6 +109,10 @@ class SparseLayer:
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the Parameter's shape as [neurons, dense fan-in]."""
         return tensor.t() if self.transposed else tensor.flatten(1)
+
+    def counts(self, rows: Tensor) -> tuple[int, ...]:
+        """Active weights of each block of a mask, bool [neurons, dense fan-in]."""
+        return tuple(int(block.sum()) for block in rows.chunk(self.blocks))
 
     def weight_rows(self) -> Tensor:
         """The whole weight, [neurons, dense fan-in], on every rank."""
@@ -124,11 +137,24 @@ class SparseLayer:
         return cached
 
     def zero_inactive(self, tensor: Tensor, value: float = 0.0) -> None:
-        """Set ``tensor``, finite and laid out as the Parameter, to ``value`` off the mask, in place."""
-        if value:
+        """Set ``tensor``, finite and laid out as the Parameter, of any dtype, to ``value`` off the mask, in place."""
+        if value or not tensor.is_floating_point():
             local(tensor).masked_fill_(local_part(~self.mask, self.param), value)
         else:
             local(tensor).mul_(self.multiplier())  # 10 x faster on a CPU
+
+    def check_in_place(self) -> None:
+        """Raise FaninError when the model holds another Parameter than the one that is trained."""
+        for module, attribute in self.owners:
+            now = module._parameters.get(attribute)
+            # between a forward and a backward FSDP2 shows the whole weight where the sharded one belongs
+            whole = isinstance(self.param, DTensor) and now is not None and not isinstance(now, DTensor)
+            if now is not self.param and not whole:
+                raise FaninError(
+                    f"{self.name}: the model holds another Parameter than the one that is trained sparse; expected "
+                    "the same: start sparse training after fully_shard, after a load_state_dict(assign=True), and "
+                    "after whatever else replaces weights"
+                )
 
     def check_zeros(self) -> None:
         """Raise MaskError when this rank's part of the weight is not 0 off the mask, or NaN."""
@@ -150,8 +176,8 @@ class SparseLayer:
         return f"{alive} of {self.neurons} neurons with {inputs}"
 
     def release(self) -> None:
-        """Forget everything that only training needs."""
-        self.gradient = self.earlier = self.explored = self._multiplier = None
+        """Forget everything that only training needs; what was explored stays, to be reported."""
+        self.gradient = self.earlier = self._multiplier = None
         self._multiplier_of = (None, 0)
 
 

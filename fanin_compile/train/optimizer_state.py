@@ -14,7 +14,7 @@ from fanin_compile.train.layers import SparseLayer
 # An update of these is a function of one entry's own gradient, weight and state, and 0 where all three are 0
 # (Adafactor's factored state only scales it), so that inactive weights stay 0 without being touched.
 _ELEMENTWISE = (
-    torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
     torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop,
     torch.optim.Adafactor,
 )  # fmt: skip
@@ -24,8 +24,8 @@ _STARTS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether masked gradients alone keep inactive weights at 0; others (Muon, LBFGS) need them masked
-    again."""
-    return isinstance(optimizer, _ELEMENTWISE)
+    again, and so do subclasses, whose step may do anything."""
+    return type(optimizer) in _ELEMENTWISE
 
 
 def group_of(optimizer: Optimizer, layer: SparseLayer) -> dict[str, Any]:

@@ -1,19 +1,26 @@
-"""The keyword arguments that every method takes."""
+"""Keyword arguments that methods pass on to what they share."""
 
 from __future__ import annotations
 
 from fanin_compile.train.initialise import InitScheme
+from fanin_compile.train.layers import MhaBlocks
 from fanin_compile.train.plan import LayerOptions
 
 
-class Options(LayerOptions, total=False):
-    """The keyword arguments of SparseTraining, for subclasses to pass on."""
+class MaskOptions(LayerOptions, total=False):
+    """SparseTraining's."""
+
+    sparsity: float
+    init: InitScheme
+    seed: int
+
+
+class UpdateOptions(MaskOptions, total=False):
+    """DynamicTraining's."""
 
     total_steps: int
-    sparsity: float
     alpha: float
     delta_t: int
     t_end: int | None
-    init: InitScheme
     grad_steps: int
-    seed: int
+    mha_blocks: MhaBlocks

@@ -40,7 +40,7 @@ def prune_to_fan_in(
             if the weight were set to 0 (Molchanov et al. 2017).
         closure: for "gradient": computes the loss on calibration data and calls backward, once or for several
             batches; gradients that were there are put back.
-        **layer_options: allocation, erk_power, dense_first, include, exclude, overrides and mha_blocks as in
+        **layer_options: allocation, erk_power, dense_first, include, exclude and overrides as in
             SparseTraining, but that allocation is "uniform" and dense_first False unless said otherwise.
 
     Returns:
@@ -48,7 +48,7 @@ def prune_to_fan_in(
 
     Raises:
         OptionError: an option out of its range, a layer left without inputs, "gradient" without a closure, a
-            layer that no gradient reached. The model is unchanged then.
+            layer that no gradient reached, or whose scores are not finite. The model is unchanged then.
     """
     model = unwrap(model)
     if criterion not in ("magnitude", "gradient"):
@@ -59,12 +59,19 @@ def prune_to_fan_in(
             f"criterion {criterion!r} with closure: {given}; a closure goes with 'gradient' only"
         )
     defaults: LayerOptions = {"allocation": "uniform", "dense_first": False}
-    plan = make_plan(model, sparsity=sparsity, **(defaults | layer_options))
+    choices = defaults | layer_options
+    plan = make_plan(model, sparsity=sparsity, blocks="matrix", keep_masks=False, **choices)
     fan_ins = [fan_in(layer.name, layer.budgets[0], layer.block_neurons) for layer in plan.sparse]
     scores = [layer.weight_rows().abs() for layer in plan.sparse]
     if closure is not None:
         gradients = _gradients(model, plan, closure)
         scores = [score * gradient.abs() for score, gradient in zip(scores, gradients, strict=True)]
+    for layer, score in zip(plan.sparse, scores, strict=True):
+        if not score.isfinite().all():  # ranking takes no NaN, and inf * 0 is one
+            count = int((~score.isfinite()).sum())
+            raise OptionError(
+                f"layer {layer.name!r}: {count} of its {criterion} scores are infinite or NaN; expected none"
+            )
     for layer, k, score in zip(plan.sparse, fan_ins, scores, strict=True):
         layer.set_mask(from_first_rank(largest_per_row(score, k)))
         layer.zero_inactive(layer.param)

@@ -46,11 +46,17 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All layers at one step, and the metrics that the user gave."""
+    """All sparse layers at one step, and the metrics that the user gave.
+
+    ``inference_macs`` and ``training_macs`` are the whole model's, for one example: of every layer that could be
+    sparse, those left dense included, of which training takes three times inference's. None without example inputs.
+    """
 
     step: int
     metrics: Mapping[str, float]
     layers: tuple[LayerState, ...]
+    inference_macs: float | None = None
+    training_macs: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -103,7 +109,14 @@ class TrainingReport:
                 f"step {self._sparse.steps} after step {self.history[-1].step}; expected a later one"
             )
         layers = tuple(self._state(layer) for layer in self._sparse.layers)
-        snapshot = Snapshot(self._sparse.steps, metrics, layers)
+        inference = training = None
+        if self._dense_macs is not None:
+            left_dense = self._dense_macs - sum(
+                layer.param.numel() * self._positions.get(layer.name, 0.0) for layer in self._sparse.layers
+            )
+            inference = left_dense + sum(layer.inference_macs or 0.0 for layer in layers)
+            training = 3 * left_dense + sum(layer.training_macs or 0.0 for layer in layers)
+        snapshot = Snapshot(self._sparse.steps, metrics, layers, inference, training)
         self.history.append(snapshot)
         if self._writer is not None:
             for tag, value in _scalars(snapshot).items():
@@ -166,8 +179,16 @@ class TrainingReport:
         head = ["layer", "shape", "fan-in", "sparsity", "ablated", "explored", "MAC", "MAC training"]
         width = len(head) if self._positions else len(head) - 2
         metrics = "".join(f", {name} {value:.4g}" for name, value in last.metrics.items())
-        whole = f"step {last.step}: sparsity {last.sparsity:.2%}, {last.ablated:.1%} of neurons ablated, "
-        whole += f"{last.explored:.1%} of weights explored{metrics}"
+        stage = ", finalized" if self._sparse.finalized else ""
+        whole = (
+            f"step {last.step}{stage}: sparsity {last.sparsity:.2%}, {last.ablated:.1%} of neurons ablated, "
+        )
+        whole += f"{last.explored:.1%} of weights explored"
+        if self._dense_macs and last.inference_macs is not None and last.training_macs is not None:
+            inference, training = last.inference_macs, last.training_macs / 3
+            whole += f", multiply-adds {inference / self._dense_macs:.1%} of dense"
+            whole += f", {training / self._dense_macs:.1%} in training"
+        whole += metrics
         layers: str = tabulate(
             [row[:width] for row in rows], head[:width], colalign=["left", "left", *["right"] * (width - 2)]
         )
@@ -205,6 +226,9 @@ class TrainingReport:
 def _scalars(snapshot: Snapshot) -> dict[str, float]:
     """TensorBoard tags, grouped so that layers share a chart section."""
     scalars = {f"sparse/{name}": getattr(snapshot, name) for name in ("sparsity", "ablated", "explored")}
+    for name in ("inference", "training"):
+        if (macs := getattr(snapshot, f"{name}_macs")) is not None:
+            scalars[f"macs/{name}"] = macs
     for layer in snapshot.layers:
         scalars[f"fan_in/{layer.name}"] = layer.fan_in
         scalars[f"ablated/{layer.name}"] = layer.ablated

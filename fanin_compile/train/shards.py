@@ -8,6 +8,8 @@ was given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -72,10 +74,11 @@ def keep_from_ddp(model: nn.Module, buffers: list[str]) -> None:
     setattr(model, _IGNORED, [*ignored, *buffers])
 
 
-def on_all_ranks(condition: bool) -> bool:
-    """Whether ``condition`` holds on every rank."""
+def of_all_ranks(values: Sequence[int], like: Tensor) -> list[list[int]]:
+    """``values``, as many on every rank, of each rank; sent from where ``like`` is: NCCL takes no CPU tensors."""
+    mine = torch.tensor(values, device=like.device)
     if not _several():
-        return condition
-    flag = torch.tensor(int(condition))
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+        return [mine.tolist()]
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return [part.tolist() for part in found]

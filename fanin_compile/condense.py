@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from fanin_compile.condensed import CondensedWeight, index_dtype
@@ -25,6 +25,7 @@ from fanin_compile.export import export_condensed
 from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
+from fanin_compile.masking import Imposer
 from fanin_compile.options import VALUES_DTYPES
 from fanin_compile.packed import LEAST_BYTES
 from fanin_compile.packed_conv import CODE_BYTES, LEAST_CONV_BYTES, MAX_TAPS
@@ -116,33 +117,29 @@ def condense(
     _prepare_stale_weights(model, memo)
     # deepcopy finds the new layers in its memo and never looks at the dense ones behind them
     copied = copy.deepcopy(model, memo)
+    impose = Imposer()
     for candidate in left:
+        # the caller's mask decides in a layer that stays dense, too
         if candidate.found.source == "user":
-            _mask_in_place(memo[id(candidate.module)], candidate.found)
+            dense = memo[id(candidate.module)]
+            assert isinstance(dense, nn.Module)
+            impose(dense, candidate.found)
     for module in copied.modules():
         _disable_fast_path(module)
     return copied
 
 
-def _mask_in_place(module: object, found: MaskedWeight) -> None:
-    """The caller's mask decides in a layer that stays dense, too."""
-    assert isinstance(module, nn.Module)
-    if parametrize.is_parametrized(module, found.name):
-        stored = module.parametrizations[found.name].original  # type: ignore[union-attr, index]
-    else:
-        stored = getattr(module, f"{found.name}_orig", None)
-        stored = getattr(module, found.name) if stored is None else stored
-    with torch.no_grad():
-        stored.masked_fill_(~found.mask, 0)
-
-
 def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
     """The gate of the graph door: what filter_fn allows and takes fewer bytes than dense."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
 
     def gate(layer: Layer) -> Skip | None:
-        module = modules.get(layer.name)
-        if filter_fn is not None and module is not None and not filter_fn(module, layer.name):
+        path = re.sub(r" \(use \d+\)$", "", layer.name)  # a further call is the same layer's
+        owner = path.rpartition(".")[0]
+        if path not in modules and isinstance(modules.get(owner), nn.MultiheadAttention):
+            path = owner  # its weights are named, as it has several
+        module = modules.get(path)
+        if filter_fn is not None and module is not None and not filter_fn(module, path):
             return Skip(layer.name, "excluded by filter_fn")
         fan_in = math.prod(layer.shape[1:])
         size = layer.dense_bytes // layer.dense_size if layer.dense_bytes else 4

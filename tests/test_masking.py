@@ -1,4 +1,4 @@
-"""The caller's masks decide at both doors of condense(), also in layers that stay dense; the model keeps its weights."""
+"""The caller's masks decide at both doors of condense(), also where layers stay dense; the model keeps its weights."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -327,7 +328,13 @@ def _condensed_layer(candidate: Candidate, values_dtype: torch.dtype | None) -> 
     trainable = any(p.requires_grad for name, p in module.named_parameters() if "bias" not in name)
     layer: CondensedLayer
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        layer = CondensedConv(weight, bias, **_geometry(module), requires_grad=trainable)
+        layer = CondensedConv(
+            weight,
+            bias,
+            **_geometry(module),
+            memory_format=suggest_memory_format(candidate.found.weight),
+            requires_grad=trainable,
+        )
     else:
         layer = CondensedLinear(weight, bias, requires_grad=trainable)
     _carry_hooks(module, layer)

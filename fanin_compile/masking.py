@@ -28,7 +28,7 @@ class Masked(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.masked_fill(~self.mask, 0)
+        return torch.where(self.mask, weight, 0)
 
 
 class Imposer:
@@ -45,13 +45,13 @@ class Imposer:
         undo = ExitStack()
         if parametrize.is_parametrized(module, found.name):
             chain: Any = module.parametrizations[found.name]  # type: ignore[index]
-            chain.append(Masked(found.mask))
+            chain.append(Masked(_like(found.weight.bool(), found.mask)))
             undo.callback(chain.pop, -1)
             return undo
         name = found.name
         if f"{name}_orig" in module._parameters:
             pruned = getattr(module, f"{name}_mask")
-            _exchange(module, f"{name}_mask", found.mask.to(pruned.dtype), undo)
+            _exchange(module, f"{name}_mask", _like(pruned, found.mask), undo)
             if name in vars(module):  # what the hook left, which MultiheadAttention reads of its out_proj
                 _exchange(module, name, found.weight, undo)
             name = f"{name}_orig"
@@ -66,6 +66,11 @@ class Imposer:
                 masked = nn.Parameter(masked, requires_grad=old.requires_grad)
             self._made[id(old)] = (old, found.mask, masked)
         return masked
+
+
+def _like(tensor: Tensor, mask: Tensor) -> Tensor:
+    """`mask` in the dtype and memory format of `tensor`: a convolution's output follows that of its weight."""
+    return torch.empty_like(tensor).copy_(mask)
 
 
 def _exchange(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:

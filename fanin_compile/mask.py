@@ -159,6 +159,11 @@ def check_mask(mask: Tensor, weight: Tensor) -> Tensor:
     return active
 
 
+def has_neurons(module: nn.Module) -> bool:
+    """Whether masked_weights reads weights of such a module."""
+    return bool(_weight_names(module))
+
+
 def fan_in(mask: Tensor) -> Tensor:
     """Active inputs of each neuron, int64 [out], for a bool mask [out, in/groups, *kernel]."""
     if mask.ndim < 2:

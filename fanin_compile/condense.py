@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from fanin_compile.condensed import CondensedWeight, index_dtype
@@ -24,7 +25,8 @@ from fanin_compile.errors import FaninError, OptionError
 from fanin_compile.export import export_condensed
 from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
-from fanin_compile.mask import MaskedWeight, find_masked_weight, masked_weights
+from fanin_compile.mask import MaskedWeight, find_masked_weight, has_neurons, masked_weights
+from fanin_compile.masking import Imposer
 from fanin_compile.options import VALUES_DTYPES
 from fanin_compile.packed import LEAST_BYTES
 from fanin_compile.packed_conv import CODE_BYTES, LEAST_CONV_BYTES, MAX_TAPS
@@ -104,10 +106,11 @@ def condense(
                 f"condense swaps layers only, as the model cannot be exported: {cause}", stacklevel=2
             )
     memo: dict[int, object] = {}
+    shared = _SharedWeights()
     left: list[Candidate] = []
     for candidate in candidates(model, masks=masks, filter_fn=filter_fn, progress=progress):
         if candidate.skip is None:
-            memo[id(candidate.module)] = _condensed_layer(candidate, values_dtype)
+            memo[id(candidate.module)] = shared.tied(candidate, _condensed_layer(candidate, values_dtype))
         else:
             left.append(candidate)
             log.info("condense leaves %s: %s", candidate.name or "the model", candidate.skip)
@@ -116,33 +119,29 @@ def condense(
     _prepare_stale_weights(model, memo)
     # deepcopy finds the new layers in its memo and never looks at the dense ones behind them
     copied = copy.deepcopy(model, memo)
+    impose = Imposer()
     for candidate in left:
+        # the caller's mask decides in a layer that stays dense, too
         if candidate.found.source == "user":
-            _mask_in_place(memo[id(candidate.module)], candidate.found)
+            dense = memo[id(candidate.module)]
+            assert isinstance(dense, nn.Module)
+            impose(dense, candidate.found)
     for module in copied.modules():
         _disable_fast_path(module)
     return copied
 
 
-def _mask_in_place(module: object, found: MaskedWeight) -> None:
-    """The caller's mask decides in a layer that stays dense, too."""
-    assert isinstance(module, nn.Module)
-    if parametrize.is_parametrized(module, found.name):
-        stored = module.parametrizations[found.name].original  # type: ignore[union-attr, index]
-    else:
-        stored = getattr(module, f"{found.name}_orig", None)
-        stored = getattr(module, found.name) if stored is None else stored
-    with torch.no_grad():
-        stored.masked_fill_(~found.mask, 0)
-
-
 def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
     """The gate of the graph door: what filter_fn allows and takes fewer bytes than dense."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
 
     def gate(layer: Layer) -> Skip | None:
-        module = modules.get(layer.name)
-        if filter_fn is not None and module is not None and not filter_fn(module, layer.name):
+        path = re.sub(r" \(use \d+\)$", "", layer.name)  # a further call is the same layer's
+        owner = path.rpartition(".")[0]
+        if path not in modules and isinstance(modules.get(owner), nn.MultiheadAttention):
+            path = owner  # its weights are named, as it has several
+        module = modules.get(path)
+        if filter_fn is not None and module is not None and not filter_fn(module, path):
             return Skip(layer.name, "excluded by filter_fn")
         fan_in = math.prod(layer.shape[1:])
         size = layer.dense_bytes // layer.dense_size if layer.dense_bytes else 4
@@ -172,9 +171,32 @@ def candidates(
         if isinstance(module, nn.MultiheadAttention)
         for child in module.modules()
     }
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append((name, module))
     found = masked_weights(model, masks)
     for name, module, masked in track(list(found), "condensing") if progress else found:
-        yield _candidate(name, module, masked, filter_fn, module in attention)
+        candidate = _candidate(name, module, masked, filter_fn, module in attention)
+        others = [h for h in holders.get(id(_stored(module, masked.name)), ()) if h[1] is not module]
+        keeper = next((path for path, other in others if _keeps_dense(path, other, filter_fn)), None)
+        # other masks take more than they would save: as much as the weight itself
+        if keeper is not None and candidate.weight is not None and masked.source == "zeros":
+            values = {
+                "tied to": keeper,
+                "bytes": packed_nbytes(module, candidate.weight) + candidate.weight.dense_nbytes,
+                "dense": candidate.weight.dense_nbytes,
+            }
+            skip = Skip(candidate.name, "would not shrink, another module keeps its dense weight", values)
+            candidate = dataclasses.replace(candidate, weight=None, skip=skip)
+        yield candidate
+
+
+def _keeps_dense(path: str, module: nn.Module, filter_fn: Filter | None) -> bool:
+    """Whether a module that shares a layer's weight has no condensed form itself, as an embedding."""
+    if not has_neurons(module) or isinstance(module, nn.MultiheadAttention):
+        return True
+    return filter_fn is not None and not filter_fn(module, path)
 
 
 def unsupported(model: nn.Module) -> Iterator[Skip]:
@@ -321,20 +343,61 @@ def _bias(module: nn.Module) -> Tensor | None:
     return None if found is None else found.weight.requires_grad_(trainable)
 
 
-def _condensed_layer(candidate: Candidate, values_dtype: torch.dtype | None) -> CondensedLayer:
+def _condensed_layer(
+    candidate: Candidate, values_dtype: torch.dtype | None
+) -> CondensedLinear | CondensedConv:
     module, weight = candidate.module, candidate.weight
     assert weight is not None
     if values_dtype is not None:
         weight = dataclasses.replace(weight, values=weight.values.to(values_dtype))
     bias = _bias(module)
     trainable = any(p.requires_grad for name, p in module.named_parameters() if "bias" not in name)
-    layer: CondensedLayer
+    layer: CondensedLinear | CondensedConv
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        layer = CondensedConv(weight, bias, **_geometry(module), requires_grad=trainable)
+        layer = CondensedConv(
+            weight,
+            bias,
+            **_geometry(module),
+            memory_format=suggest_memory_format(candidate.found.weight),
+            requires_grad=trainable,
+        )
     else:
         layer = CondensedLinear(weight, bias, requires_grad=trainable)
     _carry_hooks(module, layer)
     return layer.train(module.training)
+
+
+class _SharedWeights:
+    """Tied weights stay tied: layers of one parameter with the same mask hold the same values and structure."""
+
+    def __init__(self) -> None:
+        self._first: dict[
+            int, list[tuple[Tensor, CondensedLinear | CondensedConv]]
+        ] = {}  # by id of the dense parameter
+
+    def tied(self, candidate: Candidate, layer: CondensedLinear | CondensedConv) -> CondensedLayer:
+        dense = _stored(candidate.module, candidate.found.name)
+        if dense is None:
+            return layer
+        before = self._first.setdefault(id(dense), [])
+        for mask, first in before:
+            same = torch.equal(mask, candidate.found.mask)
+            if (
+                same
+                and torch.equal(first.values, layer.values)
+                and torch.equal(first.structure, layer.structure)
+            ):
+                layer.values = first.values
+                layer.register_buffer("structure", first.structure)
+                return layer
+        before.append((candidate.found.mask, layer))
+        return layer
+
+
+def _stored(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter behind a weight, plain or pruned; of a parametrized one there is none that is the weight."""
+    parameters = module._parameters
+    return parameters.get(f"{name}_orig", parameters.get(name))
 
 
 def _carry_hooks(module: nn.Module, layer: nn.Module) -> None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fanin_compile.graph import Context, Gate, PipelineResult, run_pipeline
-from fanin_compile.mask import masked_weights
+from fanin_compile.mask import MaskedWeight, masked_weights
+from fanin_compile.masking import imposed
 from fanin_compile.passes import PIPELINE
 
 # graph_module.meta keys, for reports
@@ -38,19 +40,16 @@ def export_condensed(
 
     Raises: whatever torch.export raises on a model it cannot capture; RewriteError from a pass.
     """
-    with _eval_mode(model), _every_layer_visible():
+    found = list(masked_weights(model, masks))
+    given = [(module, weight) for _, module, weight in found if weight.source == "user"]
+    # in the weights themselves, so that what no pass takes has the caller's mask as well
+    with imposed(given), _eval_mode(model), _every_layer_visible():
         dynamic = tuple(pytree.tree_map(_free_sizes, value) for value in example_inputs)
         program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic, strict=False)
         captured = program.module(check_guards=False)
+        names, known = _names_and_masks(model, found)
     assert isinstance(captured, fx.GraphModule)
     _drop_asserts(captured)
-    names, known = {}, {}
-    for path, _, found in masked_weights(model, masks):
-        target = f"{path}.{found.name}" if path else found.name
-        for attribute in (target, f"{target}_orig", f"{target}_mask"):
-            names[attribute] = path if found.name == "weight" else target
-        if found.source in ("buffer", "module", "user"):
-            known[target] = known[f"{target}_orig"] = found.mask
     ctx = Context(gate, known, names, values_dtype, masks_decide=True)
     with torch.no_grad():
         result = run_pipeline(captured, PIPELINE, ctx)
@@ -60,6 +59,31 @@ def export_condensed(
     condensed.meta[MODEL] = type(model).__name__
     condensed.meta[RESULT] = PipelineResult(condensed, result.results, result.seconds)
     return condensed.eval()
+
+
+def _names_and_masks(
+    model: nn.Module, found: Sequence[tuple[str, nn.Module, MaskedWeight]]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The layer of every tensor a weight is made of, and the masks beyond the graph, by get_attr target."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)  # export takes the last name of a shared module
+    names: dict[str, str] = {}
+    known: dict[str, Tensor] = {}
+    for first, module, weight in found:
+        name = weight.name
+        layer = first if name == "weight" else f"{first}.{name}".removeprefix(".")
+        parts = [name, f"{name}_orig", f"{name}_mask"]
+        if parametrize.is_parametrized(module, name):
+            chain: Any = module.parametrizations[name]  # type: ignore[index]
+            keys = [key for key, _ in (*chain.named_parameters(), *chain.named_buffers())]
+            parts += [f"parametrizations.{name}.{key}" for key in keys]
+        for path in paths[module]:
+            at = f"{path}." if path else ""
+            names |= {f"{at}{part}": layer for part in parts}
+            if weight.source in ("buffer", "module", "user"):
+                known[f"{at}{name}"] = known[f"{at}{name}_orig"] = weight.mask
+    return names, known
 
 
 def _free_sizes(value: object) -> dict[int, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import Argument, map_arg
 
@@ -251,9 +252,18 @@ def spread(value: int | list[int], dims: int) -> list[int]:
 
 def set_layer_weight(gm: fx.GraphModule, node: fx.Node, weight: CondensedWeight, bias: Tensor | None) -> None:
     """Give a linear or convolution node a new constant weight and bias, registered for it."""
-    dense = add_constant(gm, node, f"{node.name}_weight", weight.to_dense())
+    value = weight.to_dense()
+    old = tensor_meta(node.args[1])
+    value = value if old is None else in_format_of(value, old)
+    dense = add_constant(gm, node, f"{node.name}_weight", value)
     bias_node = None if bias is None else add_constant(gm, node, f"{node.name}_bias", bias)
     use_layer_weight(node, (dense, bias_node), weight)
+
+
+def in_format_of(weight: Tensor, old: Tensor) -> Tensor:
+    """`weight` in the memory format of the one it stands for, which torch's convolutions give to their outputs."""
+    format = suggest_memory_format(old)
+    return weight if suggest_memory_format(weight) == format else weight.clone(memory_format=format)
 
 
 def use_layer_weight(node: fx.Node, constants: Sequence[Argument], weight: CondensedWeight) -> None:

@@ -132,9 +132,13 @@ class CondensedConv(CondensedLayer):
     """nn.Conv1d, nn.Conv2d or nn.Conv3d (groups included) with a condensed weight; zero padding only.
 
     It holds the weight packed (fanin_compile.packing_conv): `values` in the order of the kernel, `structure` as bytes.
+
+    Args:
+        memory_format: of the dense weight. As torch's, outputs are channels_last where it or x is.
     """
 
     structure: Tensor
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def __init__(
         self,
@@ -145,6 +149,7 @@ class CondensedConv(CondensedLayer):
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
         groups: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
         requires_grad: bool = False,
     ) -> None:
         packed = pack_conv(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
@@ -152,6 +157,7 @@ class CondensedConv(CondensedLayer):
             weight.shape, packed.values, {"structure": packed.structure}, bias, requires_grad=requires_grad
         )
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.memory_format = memory_format
         # models read these of their convolutions, to pad by hand for one
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
         self.kernel_size, self.padding_mode = weight.shape[2:], "zeros"
@@ -166,7 +172,18 @@ class CondensedConv(CondensedLayer):
             *(self._cast(x), self.values, self.structure, self.bias),
             *(self.shape, self.stride, self.padding, self.dilation, self.groups),
         )
+        if self.memory_format != torch.contiguous_format and not self._ignores_format(x):
+            # later views rely on it; with dimensions moved, as x may have no batch and may be a proxy of torch.fx
+            channel = 1 - len(self.shape)
+            y = y.movedim(channel, -1).contiguous().movedim(-1, channel)
         return y
+
+    def _ignores_format(self, x: Tensor) -> bool:
+        """Where torch's convolution is contiguous, whatever the format of its weight."""
+        if len(self.shape) < 5:
+            return False
+        unbatched = isinstance(x, Tensor) and x.ndim < len(self.shape)
+        return unbatched or self.values.dtype == torch.float64
 
     def extra_repr(self) -> str:
         return (

@@ -96,8 +96,8 @@ def find_masked_weight(
     active = masks[0][1].clone() if masks else weight != 0
     for _, other in masks[1:]:
         active &= other
-    # Filled, not multiplied: NaN * 0 is NaN.
-    effective = weight.masked_fill(~active, 0)
+    # Filled, not multiplied: NaN * 0 is NaN. A clone keeps the memory format, masked_fill does not.
+    effective = weight.clone().masked_fill_(~active, 0)
     return MaskedWeight(name, effective, active, masks[-1][0] if masks else "zeros", _is_transposed(module))
 
 
@@ -157,6 +157,11 @@ def check_mask(mask: Tensor, weight: Tensor) -> Tensor:
             f"mask ({mask.dtype}) has {int(strange.sum())} values other than 0 and 1: {some}, ..."
         )
     return active
+
+
+def has_neurons(module: nn.Module) -> bool:
+    """Whether masked_weights reads weights of such a module."""
+    return bool(_weight_names(module))
 
 
 def fan_in(mask: Tensor) -> Tensor:

@@ -45,18 +45,31 @@ _library.define("gather_conv_with_grad" + _ARGUMENTS)
 # ---- the reference ---------------------------------------------------------------------------------------
 
 
-def _memory_format(x: Tensor, dims: int) -> torch.memory_format:
-    """channels_last only where x is not contiguous as well; x may be unbatched."""
+def memory_format_by_input(x: Tensor, dims: int) -> torch.memory_format:
+    """Of what the operators here compute: channels_last only where x is not contiguous as well; x may be unbatched."""
     if x.is_contiguous():
         return torch.contiguous_format
     format: torch.memory_format = suggest_memory_format(x.unsqueeze(0) if x.ndim == dims + 1 else x)
     return format
 
 
+def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Of torch's convolution: channels_last where x or weight [out, in/groups, *kernel] is, as an image of one channel
+    or pixel may be as well as contiguous; x may be unbatched."""
+    unbatched = x.ndim == weight.ndim - 1
+    if weight.ndim == 5 and (unbatched or weight.dtype == torch.float64):
+        return torch.contiguous_format  # it is there, whatever they are
+    batched = x.unsqueeze(0) if unbatched else x
+    formats = (suggest_memory_format(weight), suggest_memory_format(batched))
+    return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+
+
 def empty_output(x: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
     """[batch, out, *size] of x's dtype and memory format; without the batch if x has none."""
     batch = [1] if x.ndim == dims + 1 else x.shape[:1]
-    y = torch.empty([*batch, *sizes], dtype=x.dtype, device=x.device, memory_format=_memory_format(x, dims))
+    y = torch.empty(
+        [*batch, *sizes], dtype=x.dtype, device=x.device, memory_format=memory_format_by_input(x, dims)
+    )
     return y.squeeze(0) if x.ndim == dims + 1 else y
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fanin_compile.graph import PLANAR
 from fanin_compile.moves import MAX_POOLS, PADS
+from fanin_compile.ops_conv import memory_format_by_input, output_format
 from fanin_compile.pointwise import activation_name, keeps_values
 
 aten = torch.ops.aten
@@ -22,6 +23,14 @@ def has_planar(graph: fx.Graph) -> bool:
 def is_beside_planar(x: object, y: fx.Node) -> bool:
     """Whether an operator of ours computes `x` or reads `y`, the input and the output of a layer."""
     return _comes_from_planar(x) or _goes_to_planar(y)
+
+
+def channels_last_instead(x: Tensor, weight: Tensor, y: Tensor) -> torch.memory_format | None:
+    """What torch's convolution y gives where ours, by x alone, would give planar images; None if both agree."""
+    if memory_format_by_input(x, weight.ndim - 2) != torch.contiguous_format:
+        return None
+    format = output_format(x, weight)
+    return None if format == torch.contiguous_format or y.is_contiguous() else format
 
 
 def _passes_on(node: fx.Node) -> bool:

@@ -3,6 +3,9 @@
     y = conv2d(x, w, b, stride, padding, dilation, groups)
         ->  y = fanin.gather_conv(x, values, structure, b, w.shape, stride, padding, dilation, groups)
 
+    torch makes y channels_last where x or w is, our kernel where x is:
+    y = conv2d(x, w, ...), w alone channels_last  ->  y = fanin.gather_conv(clone(x, channels_last), ...)
+
 No im2col: each non-zero is one offset into the padded planes of x. Ablated channels come back as their bias.
 """
 
@@ -23,11 +26,13 @@ from fanin_compile.graph import (
     PassResult,
     bind_arguments,
     kernel_refuses,
+    renew_value,
     replace_node,
     spread,
 )
 from fanin_compile.packed_conv import MAX_TAPS
 from fanin_compile.packing_conv import pack_conv
+from fanin_compile.planar import channels_last_instead
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
@@ -51,6 +56,11 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
             refusal = Skip(
                 layer.name, "its kernel has more taps than codes tell apart", {"taps": taps, "most": MAX_TAPS}
             )
+        last = _channels_last_instead(x, dense, node) if refusal is None else None
+        if last is not None and x.meta["val"].ndim == len(kernel) + 1:
+            refusal = Skip(
+                layer.name, "channels_last by its weight, an image without batch", {"format": last}
+            )
         if refusal is not None:
             skipped.append(refusal)
             continue
@@ -64,7 +74,13 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
                 groups=groups,
             )
             constants.add(dense, values=packed.values, structure=packed.structure)
-        replace_node(
+        if last is not None:
+            copy = _copied(gm.graph, x, last, before=node)
+            if _channels_last_instead(copy, dense, node) is None:
+                x, last = copy, None
+            else:  # of one channel or pixel: it is planar in either format
+                gm.graph.erase_node(copy)
+        new = replace_node(
             node,
             torch.ops.fanin.gather_conv.default,
             (
@@ -72,9 +88,23 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
                 *(list(weight.shape), stride, pads, dilation, groups),
             ),
         )
+        if last is not None:
+            copy = _copied(gm.graph, new, last, before=new.next)
+            new.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
         nbytes = constants.nbytes(dense)
         rewritten.append(Rewrite(layer.name, "gather-conv", bytes=nbytes, macs=layer.sparse_macs))
     return PassResult(tuple(rewritten), tuple(skipped))
+
+
+def _channels_last_instead(x: fx.Node, weight: fx.Node, y: fx.Node) -> torch.memory_format | None:
+    return channels_last_instead(x.meta["val"], weight.meta["val"], y.meta["val"])
+
+
+def _copied(graph: fx.Graph, node: fx.Node, format: torch.memory_format, *, before: fx.Node) -> fx.Node:
+    with graph.inserting_before(before):
+        copy = graph.call_function(aten.clone.default, (node,), {"memory_format": format})
+    renew_value(graph, copy)
+    return copy
 
 
 def _arguments(node: fx.Node, dims: int) -> tuple[Any, Any, Any, list[int], Any, list[int], int]:

@@ -29,7 +29,7 @@ from fanin_compile.graph import (
     writes_between,
 )
 from fanin_compile.moves import PADS
-from fanin_compile.planar import has_planar, is_beside_planar
+from fanin_compile.planar import channels_last_instead, has_planar, is_beside_planar
 from fanin_compile.records import Rewrite, Skip
 
 
@@ -69,13 +69,16 @@ def lower_depthwise(gm: fx.GraphModule, ctx: Context) -> PassResult:
 
 def _refusal(name: str, node: fx.Node, x: object, weight: object, bias: object) -> Skip | None:
     given = {"input": x, "weight": weight, "bias": bias, "output": node}
-    metas = {what: tensor_meta(value) for what, value in given.items() if value is not None}
+    metas: dict[str, Any] = {what: tensor_meta(value) for what, value in given.items() if value is not None}
     dtypes = {what: None if meta is None else meta.dtype for what, meta in metas.items()}
     if set(dtypes.values()) != {torch.float32}:
         return Skip(name, "depthwise: the planar kernel knows float32 alone", dtypes)
     devices = {meta.device.type for meta in metas.values() if meta is not None}
     if devices != {"cpu"}:
         return Skip(name, "depthwise: no kernel for this device", {"device": ", ".join(sorted(devices))})
+    last = channels_last_instead(metas["input"], metas["weight"], metas["output"])
+    if last is not None:
+        return Skip(name, "depthwise: the planar kernel goes by its input, its weight is", {"format": last})
     if not is_beside_planar(x, node):
         return Skip(name, "depthwise: beside no condensed convolution", {"input": x})
     return None

@@ -31,6 +31,7 @@ from fanin_compile.graph import (
     PassResult,
     add_constant,
     bind_arguments,
+    in_format_of,
     renew_value,
     replace_node,
     set_layer_weight,
@@ -246,7 +247,8 @@ class _Narrowing:
             if computed is not None:
                 node.update_arg(2, computed)
             return
-        constants = [add_constant(self._gm, node, f"{node.name}_weight", parts[0])]
+        narrow = in_format_of(parts[0], bound["weight"].meta["val"])
+        constants = [add_constant(self._gm, node, f"{node.name}_weight", narrow)]
         if bias is not None:
             constants.append(add_constant(self._gm, node, f"{node.name}_bias", bias))
         node.args = (node.args[0], *constants, *node.args[1 + len(constants) :])

@@ -12,16 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 
 import fanin_compile
 from fanin_compile import MaskError, OptionError, condense
 from fanin_compile.condense import candidates
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
-from fanin_compile.mask import find_masked_weight
 from fanin_compile.packed import Packed, unpack
 from tests.compile_support import MLP, any_type, assert_equals_dense, fan_in_mask, randn, sparse_linear
-from tests.helpers import assert_close_at_scale
 from tests.strategies import Masked, masked_weights
 
 
@@ -331,23 +329,3 @@ def test_sizes_are_those_of_the_report() -> None:
     assert {layer.name: layer.bytes_after for layer in report.layers} == sizes
     condensed = fanin_compile.explain(condense(model))
     assert {layer.name: layer.bytes_after for layer in condensed.layers} == sizes
-
-
-@pytest.mark.parametrize("carrier", ["plain", "pruned", "parametrized"])
-def test_the_callers_mask_decides_in_layers_that_stay_dense(carrier: str) -> None:
-    layer = nn.Linear(4, 5)
-    if carrier == "pruned":
-        prune.l1_unstructured(layer, "weight", amount=0.2)
-    elif carrier == "parametrized":
-        parametrize.register_parametrization(layer, "weight", nn.Identity())
-    model = nn.Sequential(layer).eval()
-    given = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) < 0.5
-    found = find_masked_weight(layer, mask=given)
-    assert found is not None
-    (candidate,) = candidates(model, masks={"0.weight": given})
-    assert "would not shrink" in str(candidate.skip)
-    x = randn(3, 4)
-    before, condensed = model(x), condense(model, masks={"0.weight": given})
-    assert_close_at_scale(condensed(x), F.linear(x.double(), found.weight.double(), layer.bias.double()))
-    assert not torch.equal(before, condensed(x))
-    assert torch.equal(before, model(x)), "the model itself keeps its weights"

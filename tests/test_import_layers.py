@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("axes",),  # facts about the elements of tensors, along few axes
     ("neurons",),  # facts about neurons: who is tied to whom, who reads them
     ("mask",),  # every mask source -> one bool mask
+    ("masking",),  # putting one on a module
     ("condensed",),  # the format
     ("structure",),  # numbers and arrays in one tensor of bytes
     ("packed",),  # the format in the order of the kernels

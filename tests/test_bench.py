@@ -14,11 +14,14 @@ from fanin_compile.backend import record
 from fanin_compile.bench.cases import LinearCase, build
 from fanin_compile.bench.feed_forward import feed_forward, time_removal
 from fanin_compile.bench.linear import bench_linear, target
-from fanin_compile.bench.measure import DisagreementError, geometric_mean, nnz_of, run_case
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
+from fanin_compile.bench.masking import is_hidden, mask_constant_fan_in, maskable
+from fanin_compile.bench.measure import DisagreementError, expect_dependence, geometric_mean, nnz_of, run_case
+from fanin_compile.bench.models import MAKERS, OneInput, make_model
 from fanin_compile.bench.roofline import roofline
+from fanin_compile.bench.whole import bench_model
 from fanin_compile.cli import app
 from fanin_compile.errors import OptionError
+from tests.compile_support import any_type
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 
@@ -36,11 +39,35 @@ def test_quick_run_prints_a_table_and_writes_json_and_a_picture(command: str, tm
 
 
 def test_quick_run_of_a_whole_model() -> None:
+    pytest.importorskip("transformers")
     result = CliRunner().invoke(app, ["bench", "model", "mlp", "--quick", "--ablate", "0.5"])
     assert result.exit_code == 0, result.output
     assert "mlp, 50% ablated" in result.output
-    assert "no feed-forward block" in result.output  # its layers have no names that say so
+    assert "1 thread, batch 1: 96 neurons ablated, in 2 of 3 layers" in result.output
+    assert "1 feed-forward blocks alone" in result.output
     assert "of the dense" in result.output
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_hidden_neurons_are_ablated_in_every_model(name: str) -> None:
+    pytest.importorskip("transformers")
+    model = make_model(name, small=True).model
+    masks = mask_constant_fan_in(model, 0.9, ablate=0.5)
+    transposed = {f"{path}.weight": swapped for path, _, _, swapped in maskable(model)}
+    for key, mask in masks.items():
+        alive = (mask.t() if transposed[key] else mask).flatten(1).any(1)
+        share = 0.5 if is_hidden(key.removesuffix(".weight")) else 0.0
+        assert int((~alive).sum()) == round(share * len(alive)), key
+    assert any(is_hidden(key.removesuffix(".weight")) for key in masks)
+
+
+def test_ablation_of_a_model_without_hidden_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("fanin_compile.bench.masking.HIDDEN", ())
+    with pytest.raises(
+        OptionError, match=r"ablate is 0\.5, expected 0 for mlp: it has 3 masked layers, none"
+    ):
+        bench_model("mlp", batches=[1], sparsity=0.9, ablate=0.5, threads=[1], seconds=0.0, quick=True)
 
 
 def test_layers_alone_stand_beside_the_whole(tmp_path: Path) -> None:
@@ -174,6 +201,23 @@ def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
             seconds=0.0,
             nnz_macs=nnz_of(model),
         )
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tokens"])
+def test_outputs_that_do_not_depend_on_the_input_are_not_compared(kind: str) -> None:
+    """Every contender would agree with every other, as it was with MobileNetV2 at its initial weights."""
+    model: nn.Module = nn.Linear(8, 4) if kind == "numbers" else nn.Embedding(9, 4)
+    x = torch.randn(3, 8) if kind == "numbers" else torch.randint(0, 9, (3, 2))
+    model.requires_grad_(False)
+    expect_dependence(model, x)
+    any_type(model).weight.mul_(1e-4).add_(1 if kind == "tokens" else 0)
+    if kind == "numbers":
+        any_type(model).bias.fill_(1.0)
+    options = {"sparsity": 0.9, "threads_used": 1, "contenders": ["eager"], "seconds": 0.0, "nnz_macs": 1}
+    with pytest.raises(
+        DisagreementError, match=r"another input changes the output by .*e-0. of the largest, expected more"
+    ):
+        run_case(model, x, name="", **any_type(options))
 
 
 def test_targets_and_means() -> None:

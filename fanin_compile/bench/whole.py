@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from fanin_compile.bench.contenders import DENSE, QUICK
 from fanin_compile.bench.feed_forward import AIM, feed_forward, time_removal
 from fanin_compile.bench.layers_alone import layers_alone, time_alone
+from fanin_compile.bench.masking import mask_constant_fan_in, maskable
 from fanin_compile.bench.measure import Row, run_case
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
+from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host
 from fanin_compile.condense import condense
+from fanin_compile.errors import OptionError
 from fanin_compile.ops import scratch_nbytes
 from fanin_compile.report import explain
 from fanin_compile.timing import threads as threads_of
@@ -59,6 +61,7 @@ def bench_model(
         for batch in track(batches, f"{name}, {count} thread{'s' * (count > 1)}", transient=True):
             case = make_model(name, small=quick, batch=batch)
             mask_constant_fan_in(case.model, sparsity, ablate=ablate)
+            ablated = _ablated(name, case.model, ablate) if ablate else ""
             model = OneInput(case).eval()
             x = next(iter(case.inputs.values()))
             row = run_case(
@@ -84,6 +87,7 @@ def bench_model(
             notes.append(f"{where}: {_resident(model, x, count)}")
             if ablate:
                 layers = {name: layer for name, layer, *_ in maskable(case.model)}
+                notes.append(f"{where}: {ablated}")
                 notes.append(f"{where}: {_removal(model, x, layers, count, seconds)}")
     return BenchResult(f"whole model {name}", host(), tuple(rows), None, tuple(notes))
 
@@ -98,6 +102,22 @@ def _resident(model: OneInput, x: Tensor, count: int) -> str:
         f"resident {state / 1e6:.1f} MB, {state / dense:.0%} of the dense {dense / 1e6:.1f}; "
         f"scratch of a thread up to {scratch_nbytes() / 1e6:.2f} MB"
     )
+
+
+def _ablated(name: str, model: nn.Module, ablate: float) -> str:
+    """How many neurons of the masked layers have no weight.
+
+    Raises: OptionError where that is none, so that no row says of a model what is not so.
+    """
+    weights = [(weight.t() if transposed else weight) for _, _, weight, transposed in maskable(model)]
+    dead = [int((weight.flatten(1) == 0).all(1).sum()) for weight in weights]
+    layers = sum(count > 0 for count in dead)
+    if not layers:
+        raise OptionError(
+            f"ablate is {ablate:g}, expected 0 for {name}: it has {len(dead)} masked layers, none of them a hidden one "
+            "by its name, or none as many neurons"
+        )
+    return f"{sum(dead)} neurons ablated, in {layers} of {len(dead)} layers"
 
 
 def _removal(model: OneInput, x: Tensor, layers: Mapping[str, nn.Module], count: int, seconds: float) -> str:

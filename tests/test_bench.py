@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from typer.testing import CliRunner
 
 from fanin_compile.backend import record
+from fanin_compile.bench import contenders
 from fanin_compile.bench.cases import LinearCase, build
 from fanin_compile.bench.feed_forward import feed_forward, time_removal
+from fanin_compile.bench.footprint import FIRST_OUTPUT, first_output
 from fanin_compile.bench.linear import bench_linear, target
 from fanin_compile.bench.masking import is_hidden, mask_constant_fan_in, maskable
 from fanin_compile.bench.measure import DisagreementError, expect_dependence, geometric_mean, nnz_of, run_case
@@ -38,14 +43,52 @@ def test_quick_run_prints_a_table_and_writes_json_and_a_picture(command: str, tm
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quick_run_of_a_whole_model() -> None:
+def test_quick_run_of_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    result = CliRunner().invoke(app, ["bench", "model", "mlp", "--quick", "--ablate", "0.5"])
+    # with nothing kept, inductor takes half a minute to compile even this; that it does is tested below
+    assert FIRST_OUTPUT["fanin"] is contenders.fanin
+    assert FIRST_OUTPUT["inductor"] is contenders.inductor
+    monkeypatch.setitem(FIRST_OUTPUT, "fanin", contenders.eager)
+    monkeypatch.setitem(FIRST_OUTPUT, "inductor", contenders.eager)
+    file = tmp_path / "model.json"
+    command = ["bench", "model", "mlp", "--quick", "--ablate", "0.5", "--first-output", "--json", str(file)]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "mlp, 50% ablated" in result.output
     assert "1 thread, batch 1: 96 neurons ablated, in 2 of 3 layers" in result.output
     assert "1 feed-forward blocks alone" in result.output
-    assert "of the dense" in result.output
+    notes = json.loads(file.read_text())["notes"]
+    assert all(note in result.output for note in notes)
+    (seconds,) = [note for note in notes if "first output" in note]
+    doors = ["fanin", "inductor", r"condense\(model\)", r"condense\(model, example_inputs=...\)"]
+    assert re.search(
+        r"\(s, no compilation kept\): " + ", ".join(rf"{door} \d+\.\d" for door in doors), seconds
+    )
+    (kept,) = [note for note in notes if "resident" in note]
+    shares = [int(share) for share in re.findall(r"\((\d+)%\)", kept)]
+    swapped, graph, backend = shares
+    assert graph < swapped < 100 < backend  # ablated neurons go; the backend keeps the model's own weights
+
+
+def test_the_first_output_starts_with_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(LinearCase(16, 32, 0.9, 4, 1))
+    calls = []  # graphs compiled, and the files of the cache after it
+
+    def contender(model: nn.Module, x: torch.Tensor) -> object:
+        graphs = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=graphs)
+
+        def run() -> None:
+            compiled(x)
+            calls.append((graphs.frame_count, os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])))
+
+        return run
+
+    monkeypatch.setattr("fanin_compile.bench.footprint.FIRST_OUTPUT", {"a": contender, "b": contender})
+    seconds = first_output(model, x, threads_used=1)
+    assert list(seconds) == ["a", "b"]
+    assert all(taken > 0 for taken in seconds.values())
+    assert calls == [(1, [])] * 2
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
@@ -87,7 +130,6 @@ def test_layers_alone_stand_beside_the_whole(tmp_path: Path) -> None:
 
 
 def test_layers_alone_get_the_inputs_of_one_call_and_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fanin_compile.bench import contenders
     from fanin_compile.bench.layers_alone import layers_alone, time_alone
 
     first, second = nn.Linear(8, 8), nn.Linear(8, 4)
@@ -163,10 +205,30 @@ def test_quick_run_of_a_depthwise_convolution(tmp_path: Path) -> None:
     assert row["ratio"] > 0
 
 
-def test_bad_numbers_and_unknown_models_are_refused() -> None:
-    result = CliRunner().invoke(app, ["bench", "linear", "--batches", "one"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linear", "--batches", "one"], "--batches is 'one', expected numbers separated by commas"),
+        (["mlp", "--threads", ""], "--threads is '', expected numbers separated by commas"),
+        (["conv", "--threads", "1,0"], "--threads is '1,0', expected numbers from 1 on"),
+        (["depthwise", "--batches=-1"], "--batches is '-1', expected numbers from 1 on"),
+        (["targets", "--threads", "two"], "--threads is 'two', expected numbers separated by commas"),
+        (
+            ["linear", "--sparsities", "0.9,1"],
+            "--sparsities is '0.9,1', expected numbers from 0 to less than 1",
+        ),
+        (["linear", "--sparsities", "nan"], "--sparsities is 'nan', expected numbers from 0 to less than 1"),
+        (["model", "mlp", "--batches", "0.5"], "--batches is '0.5', expected numbers separated by commas"),
+        (["model", "vgg"], f"unknown model 'vgg', expected one of {', '.join(sorted(MAKERS))}"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_was_expected(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
-    assert "--batches is 'one'" in result.output
+    assert message in " ".join(result.output.replace("│", "").split())
+
+
+def test_unknown_models_are_refused() -> None:
     with pytest.raises(OptionError, match="unknown model 'vgg', expected one of bert"):
         make_model("vgg")
 
@@ -183,8 +245,6 @@ def test_all_contenders_agree_on_a_small_layer() -> None:
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fanin_compile.bench import contenders
-
     def wrong(model: nn.Module, x: torch.Tensor) -> object:
         return lambda: model(x) * 1.001
 

@@ -90,9 +90,10 @@ def make_model(name: str, *, small: bool = False, batch: int = 1, seed: int = 0)
     case.model.eval().requires_grad_(False)
     scale_weights(case.model)
     if name == "t5":  # attention in T5 divides by nothing, its queries are that much smaller
-        for path, parameter in case.model.named_parameters():
+        model: Any = case.model
+        for path, parameter in model.named_parameters():
             if path.endswith("Attention.q.weight"):
-                parameter.div_(case.model.config.d_kv**0.5)
+                parameter.div_(model.config.d_kv**0.5)
     return case
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -47,11 +48,31 @@ def demo(
         raise typer.Exit(1)
 
 
-def _numbers(kind: Callable[[str], N], text: str, name: str) -> list[N]:
+def _numbers(kind: Callable[[str], N], text: str, name: str, *, below: float | None = None) -> list[N]:
+    """Counts, from 1 on; or shares from 0 to less than `below`."""
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{name} is {text!r}, expected numbers separated by commas") from None
+    if below is None and any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"{name} is {text!r}, expected numbers from 1 on")
+    if below is not None and not all(0 <= number < below for number in numbers):
+        raise typer.BadParameter(f"{name} is {text!r}, expected numbers from 0 to less than {below:g}")
+    return numbers
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the package refuses is said as the command's own refusals are, with exit code 2."""
+    from fanin_compile.errors import FaninError, OptionError
+
+    try:
+        yield
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
+    except FaninError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 Batches = Annotated[str, typer.Option(help="batch sizes, separated by commas")]
@@ -104,21 +125,27 @@ def model(
     threads: Threads = "1",
     seconds: Seconds = 5.0,
     quick: Quick = False,
+    first_output: Annotated[
+        bool | None,
+        typer.Option(help="measure the seconds that compiling and condensing take; by default unless quick"),
+    ] = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
     """A whole transformer or CNN from a transformers configuration, against dense torch."""
     from fanin_compile.bench.whole import bench_model
 
-    result = bench_model(
-        name,
-        batches=_numbers(int, batches, "--batches"),
-        sparsity=sparsity,
-        ablate=ablate,
-        threads=_numbers(int, threads, "--threads"),
-        seconds=seconds,
-        quick=quick,
-    )
+    with _refusals():
+        result = bench_model(
+            name,
+            batches=_numbers(int, batches, "--batches"),
+            sparsity=sparsity,
+            ablate=ablate,
+            threads=_numbers(int, threads, "--threads"),
+            seconds=seconds,
+            quick=quick,
+            first_outputs=not quick if first_output is None else first_output,
+        )
     print(result)
     result.save(json_file, plot_file)
 
@@ -214,7 +241,7 @@ def _bench_linear(
     result = bench_linear(
         stack=stack,
         batches=_numbers(int, batches, "--batches"),
-        sparsities=_numbers(float, sparsities, "--sparsities"),
+        sparsities=_numbers(float, sparsities, "--sparsities", below=1),
         threads=_numbers(int, threads, "--threads"),
         seconds=seconds,
         quick=quick,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fanin_compile.backend import Compilation, record
-from fanin_compile.bench.models import mask_constant_fan_in
+from fanin_compile.bench.masking import mask_constant_fan_in
 from fanin_compile.options import Options
 from tests.compile_support import any_type, compiled
 from tests.helpers import assert_close_at_scale

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from typer.testing import CliRunner
 
 from fanin_compile.backend import record
+from fanin_compile.bench import contenders
 from fanin_compile.bench.cases import LinearCase, build
 from fanin_compile.bench.feed_forward import feed_forward, time_removal
+from fanin_compile.bench.footprint import FIRST_OUTPUT, first_output
 from fanin_compile.bench.linear import bench_linear, target
-from fanin_compile.bench.measure import DisagreementError, geometric_mean, nnz_of, run_case
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
+from fanin_compile.bench.masking import is_hidden, mask_constant_fan_in, maskable
+from fanin_compile.bench.measure import DisagreementError, expect_dependence, geometric_mean, nnz_of, run_case
+from fanin_compile.bench.models import MAKERS, OneInput, make_model
 from fanin_compile.bench.roofline import roofline
+from fanin_compile.bench.whole import bench_model
 from fanin_compile.cli import app
 from fanin_compile.errors import OptionError
+from tests.compile_support import any_type
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 
@@ -35,12 +43,74 @@ def test_quick_run_prints_a_table_and_writes_json_and_a_picture(command: str, tm
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quick_run_of_a_whole_model() -> None:
-    result = CliRunner().invoke(app, ["bench", "model", "mlp", "--quick", "--ablate", "0.5"])
+def test_quick_run_of_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    # with nothing kept, inductor takes half a minute to compile even this; that it does is tested below
+    assert FIRST_OUTPUT["fanin"] is contenders.fanin
+    assert FIRST_OUTPUT["inductor"] is contenders.inductor
+    monkeypatch.setitem(FIRST_OUTPUT, "fanin", contenders.eager)
+    monkeypatch.setitem(FIRST_OUTPUT, "inductor", contenders.eager)
+    file = tmp_path / "model.json"
+    command = ["bench", "model", "mlp", "--quick", "--ablate", "0.5", "--first-output", "--json", str(file)]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "mlp, 50% ablated" in result.output
-    assert "no feed-forward block" in result.output  # its layers have no names that say so
-    assert "of the dense" in result.output
+    assert "1 thread, batch 1: 96 neurons ablated, in 2 of 3 layers" in result.output
+    assert "1 feed-forward blocks alone" in result.output
+    notes = json.loads(file.read_text())["notes"]
+    assert all(note in result.output for note in notes)
+    (seconds,) = [note for note in notes if "first output" in note]
+    doors = ["fanin", "inductor", r"condense\(model\)", r"condense\(model, example_inputs=...\)"]
+    assert re.search(
+        r"\(s, no compilation kept\): " + ", ".join(rf"{door} \d+\.\d" for door in doors), seconds
+    )
+    (kept,) = [note for note in notes if "resident" in note]
+    shares = [int(share) for share in re.findall(r"\((\d+)%\)", kept)]
+    swapped, graph, backend = shares
+    assert graph < swapped < 100 < backend  # ablated neurons go; the backend keeps the model's own weights
+
+
+def test_the_first_output_starts_with_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(LinearCase(16, 32, 0.9, 4, 1))
+    calls = []  # graphs compiled, and the files of the cache after it
+
+    def contender(model: nn.Module, x: torch.Tensor) -> object:
+        graphs = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=graphs)
+
+        def run() -> None:
+            compiled(x)
+            calls.append((graphs.frame_count, os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])))
+
+        return run
+
+    monkeypatch.setattr("fanin_compile.bench.footprint.FIRST_OUTPUT", {"a": contender, "b": contender})
+    seconds = first_output(model, x, threads_used=1)
+    assert list(seconds) == ["a", "b"]
+    assert all(taken > 0 for taken in seconds.values())
+    assert calls == [(1, [])] * 2
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_hidden_neurons_are_ablated_in_every_model(name: str) -> None:
+    pytest.importorskip("transformers")
+    model = make_model(name, small=True).model
+    masks = mask_constant_fan_in(model, 0.9, ablate=0.5)
+    transposed = {f"{path}.weight": swapped for path, _, _, swapped in maskable(model)}
+    for key, mask in masks.items():
+        alive = (mask.t() if transposed[key] else mask).flatten(1).any(1)
+        share = 0.5 if is_hidden(key.removesuffix(".weight")) else 0.0
+        assert int((~alive).sum()) == round(share * len(alive)), key
+    assert any(is_hidden(key.removesuffix(".weight")) for key in masks)
+
+
+def test_ablation_of_a_model_without_hidden_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("fanin_compile.bench.masking.HIDDEN", ())
+    with pytest.raises(
+        OptionError, match=r"ablate is 0\.5, expected 0 for mlp: it has 3 masked layers, none"
+    ):
+        bench_model("mlp", batches=[1], sparsity=0.9, ablate=0.5, threads=[1], seconds=0.0, quick=True)
 
 
 def test_layers_alone_stand_beside_the_whole(tmp_path: Path) -> None:
@@ -60,7 +130,6 @@ def test_layers_alone_stand_beside_the_whole(tmp_path: Path) -> None:
 
 
 def test_layers_alone_get_the_inputs_of_one_call_and_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fanin_compile.bench import contenders
     from fanin_compile.bench.layers_alone import layers_alone, time_alone
 
     first, second = nn.Linear(8, 8), nn.Linear(8, 4)
@@ -136,10 +205,30 @@ def test_quick_run_of_a_depthwise_convolution(tmp_path: Path) -> None:
     assert row["ratio"] > 0
 
 
-def test_bad_numbers_and_unknown_models_are_refused() -> None:
-    result = CliRunner().invoke(app, ["bench", "linear", "--batches", "one"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linear", "--batches", "one"], "--batches is 'one', expected numbers separated by commas"),
+        (["mlp", "--threads", ""], "--threads is '', expected numbers separated by commas"),
+        (["conv", "--threads", "1,0"], "--threads is '1,0', expected numbers from 1 on"),
+        (["depthwise", "--batches=-1"], "--batches is '-1', expected numbers from 1 on"),
+        (["targets", "--threads", "two"], "--threads is 'two', expected numbers separated by commas"),
+        (
+            ["linear", "--sparsities", "0.9,1"],
+            "--sparsities is '0.9,1', expected numbers from 0 to less than 1",
+        ),
+        (["linear", "--sparsities", "nan"], "--sparsities is 'nan', expected numbers from 0 to less than 1"),
+        (["model", "mlp", "--batches", "0.5"], "--batches is '0.5', expected numbers separated by commas"),
+        (["model", "vgg"], f"unknown model 'vgg', expected one of {', '.join(sorted(MAKERS))}"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_was_expected(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
-    assert "--batches is 'one'" in result.output
+    assert message in " ".join(result.output.replace("│", "").split())
+
+
+def test_unknown_models_are_refused() -> None:
     with pytest.raises(OptionError, match="unknown model 'vgg', expected one of bert"):
         make_model("vgg")
 
@@ -156,8 +245,6 @@ def test_all_contenders_agree_on_a_small_layer() -> None:
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fanin_compile.bench import contenders
-
     def wrong(model: nn.Module, x: torch.Tensor) -> object:
         return lambda: model(x) * 1.001
 
@@ -174,6 +261,23 @@ def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
             seconds=0.0,
             nnz_macs=nnz_of(model),
         )
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tokens"])
+def test_outputs_that_do_not_depend_on_the_input_are_not_compared(kind: str) -> None:
+    """Every contender would agree with every other, as it was with MobileNetV2 at its initial weights."""
+    model: nn.Module = nn.Linear(8, 4) if kind == "numbers" else nn.Embedding(9, 4)
+    x = torch.randn(3, 8) if kind == "numbers" else torch.randint(0, 9, (3, 2))
+    model.requires_grad_(False)
+    expect_dependence(model, x)
+    any_type(model).weight.mul_(1e-4).add_(1 if kind == "tokens" else 0)
+    if kind == "numbers":
+        any_type(model).bias.fill_(1.0)
+    options = {"sparsity": 0.9, "threads_used": 1, "contenders": ["eager"], "seconds": 0.0, "nnz_macs": 1}
+    with pytest.raises(
+        DisagreementError, match=r"another input changes the output by .*e-0. of the largest, expected more"
+    ):
+        run_case(model, x, name="", **any_type(options))
 
 
 def test_targets_and_means() -> None:

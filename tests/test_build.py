@@ -75,7 +75,9 @@ def test_narrower_instructions_are_another_library(
     source, files = tiny / "tiny.cpp", sorted(tiny.iterdir())
     command, key = build.compile_command(source, source), build._key(files)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
-    assert set(build.compile_command(source, source)) - set(command) == set(build.CAPABILITY_FLAGS[capability])
+    assert set(build.compile_command(source, source)) - set(command) == set(
+        build.CAPABILITY_FLAGS[capability]
+    )
     assert build._key(files) != key
     macros = [*build.compile_command(source, source)[:-4], "-dM", "-E", "-x", "c++", os.devnull]
     defined = subprocess.run(macros, capture_output=True, check=True, text=True).stdout

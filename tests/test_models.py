@@ -15,15 +15,8 @@ from torch.utils import _pytree as pytree
 
 import fanin_compile
 from fanin_compile.backend import Compilation, record
-from fanin_compile.bench.models import (
-    MAKERS,
-    ModelCase,
-    OneInput,
-    compared,
-    make_model,
-    mask_constant_fan_in,
-    maskable,
-)
+from fanin_compile.bench.masking import mask_constant_fan_in, maskable
+from fanin_compile.bench.models import MAKERS, ModelCase, OneInput, compared, make_model
 from fanin_compile.mask import MaskedWeight, masked_weights
 from fanin_compile.options import Options
 from fanin_compile.train import SRigL
@@ -108,8 +101,12 @@ def _case(name: str, sources: str | Sequence[str] = "zeros", *, batch: int = 2) 
     model, x = OneInput(case).eval(), next(iter(case.inputs.values()))
     turn = itertools.cycle([sources] if isinstance(sources, str) else sources)
     source_of = {f"{path}.weight": next(turn) for path, *_ in maskable(case.model)}
+    masks = mask_constant_fan_in(case.model, 0.9, ablate=0.5)
+    with torch.no_grad():
+        for key, mask in masks.items():
+            weight = case.model.get_parameter(key)
+            weight.copy_(torch.where(mask, weight, torch.randn_like(weight) * weight[mask].std()))
     _train(model, x, [f"model.{key}" for key, source in source_of.items() if source == TRAINED])
-    masks = mask_constant_fan_in(copy.deepcopy(case.model), 0.9, ablate=0.5)
     with torch.no_grad():
         for key, source in source_of.items():
             if source != TRAINED:
@@ -142,20 +139,49 @@ def _train(model: OneInput, x: Tensor, names: list[str]) -> None:
 
 def _assert_as_exact(model: OneInput, x: Tensor, *outputs: object) -> None:
     """Each tensor of an output is as close to the fp64 model's as the fp32 masked dense model's is, up to a factor."""
+    expected, dense = _expected(model, x)
+    for output in outputs:
+        _assert_close(output, expected, dense)
+
+
+def _expected(model: OneInput, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of the model's output in fp64, and in fp32."""
     exact_model = any_type(model_in_fp64(model))
     exact_model._others = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in model._others.items()
     }
-    expected = pytree.tree_leaves(exact_model(x.double() if x.is_floating_point() else x))
-    dense = pytree.tree_leaves(model(x))
-    for output in outputs:
-        for tensor, dense_tensor, exact in zip(pytree.tree_leaves(output), dense, expected, strict=True):
-            scale = exact.abs().max()
-            dense_error = (dense_tensor - exact).abs().max() / scale
-            assert tensor.shape == exact.shape
-            error = (tensor - exact).abs().max() / scale
-            assert error <= 4 * dense_error + 1e-6, f"{error:.1e}, dense {dense_error:.1e}"
+    exact = pytree.tree_leaves(exact_model(x.double() if x.is_floating_point() else x))
+    return exact, pytree.tree_leaves(model(x))
+
+
+def _assert_close(output: object, expected: list[Tensor], dense: list[Tensor]) -> None:
+    for tensor, dense_tensor, exact in zip(pytree.tree_leaves(output), dense, expected, strict=True):
+        scale = exact.abs().max()
+        dense_error = (dense_tensor - exact).abs().max() / scale
+        assert tensor.shape == exact.shape
+        error = (tensor - exact).abs().max() / scale
+        assert error <= 4 * dense_error + 1e-6, f"{error:.1e}, dense {dense_error:.1e}"
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_every_layer_shows_in_the_output(name: str) -> None:
+    """Otherwise comparing outputs, here and in benchmarks, would prove nothing of the layers that do not."""
+    model, x = _case(name)
+    with torch.no_grad():
+        expected, dense = _expected(model, x)
+        output, scale = dense[0], dense[0].abs().max()
+        other = randn(*x.shape, seed=1) if x.is_floating_point() else torch.where(x > 0, x - 1, x + 1)
+        change = (compared(model(other)) - output).abs().max() / scale
+        assert change > 1e-2
+        assert 0.1 < scale < 1e3
+        for path, _, weight, _ in maskable(model.model):
+            weight.neg_()
+            wrong = model(x)
+            weight.neg_()
+            with pytest.raises(AssertionError, match="dense"):
+                _assert_close(wrong, expected, dense)
+            assert (compared(wrong) - output).abs().max() / scale > 1e-2, path
 
 
 def _condensed_layers(compilations: list[Compilation]) -> int:

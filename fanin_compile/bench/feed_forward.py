@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fanin_compile import backend
 from fanin_compile.bench.contenders import Run, fanin
 from fanin_compile.bench.layers_alone import layers_alone
+from fanin_compile.bench.masking import is_hidden
 from fanin_compile.bench.measure import expect_agreement
-from fanin_compile.bench.models import is_hidden
 from fanin_compile.passes import PIPELINE
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
 def feed_forward(
     model: nn.Module, x: Tensor, layers: Mapping[str, nn.Module]
 ) -> tuple[FeedForward, list[Tensor]]:
-    """The feed-forward blocks that model(x) runs, each with its input: a hidden layer by its name, and the one called
+    """The feed-forward blocks that model(x) runs, each with its input: a hidden linear by its name, and the one called
     after it. Of a gated block that is what the gate is applied to."""
     names = {layer: name for name, layer in layers.items()}
     alone, inputs = layers_alone(model, x, layers.values())
@@ -46,7 +46,7 @@ def feed_forward(
     blocks = [
         ((first, second), given)
         for (first, given), (second, _) in itertools.pairwise(called)
-        if is_hidden(names[first]) and not is_hidden(names[second])
+        if is_hidden(names[first]) and not is_hidden(names[second]) and not isinstance(first, nn.Conv2d)
     ]
     return FeedForward(pair for pair, _ in blocks), [given for _, given in blocks]
 

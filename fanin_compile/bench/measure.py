@@ -18,9 +18,11 @@ from fanin_compile.errors import FaninError
 from fanin_compile.packing import pack
 from fanin_compile.timing import Timing, interleaved, threads
 
+TOLERANCE = 1e-4  # of the largest output
+
 
 class DisagreementError(FaninError):
-    """A contender's output differs from the masked dense model's by more than rounding."""
+    """A contender's output differs from the masked dense model's by more than rounding, or none would be seen to."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def run_case(
 ) -> Row:
     """Build the contenders at `threads_used` threads, compare each with fp64, then time them in turn.
 
-    Raises: DisagreementError.
+    Raises: DisagreementError, also where the output hardly depends on the input, as comparing proves nothing then.
     """
     torch._dynamo.reset()  # each case is a model of its own: nothing may be shared or run into recompile limits
     with threads(threads_used), torch.no_grad():
@@ -139,17 +141,37 @@ def _check(model: nn.Module, x: Tensor, outputs: Mapping[str, object], rows: int
     """Against the model in fp64, on the first rows: the relative error of fp32 sums this long stays below 1e-4."""
     few = x[:rows].double() if x.is_floating_point() else x[:rows]
     exact = compared(copy.deepcopy(model).double()(few))
+    expect_dependence(model, x[:rows])
     for name, output in outputs.items():
         expect_agreement(name, compared(output)[:rows], exact)
 
 
 def expect_agreement(name: str, output: Tensor, exact: Tensor) -> None:
     """Raises: DisagreementError where `output` is off by 1e-4 or more of the largest of `exact`, or NaN."""
-    error = float((output - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
-    if not error < 1e-4:
+    error = _relative(output, exact)
+    if not error < TOLERANCE:
         raise DisagreementError(
-            f"{name} is off by {error:.1e} of the largest output, expected less than 1e-4"
+            f"{name} is off by {error:.1e} of the largest output, expected less than {TOLERANCE:.0e}"
         )
+
+
+def expect_dependence(model: nn.Module, x: Tensor) -> None:
+    """Raises: DisagreementError where other values of `x` change the largest output by a share of 1e-2 or less."""
+    if x.is_floating_point():
+        other = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    else:
+        other = torch.where(x > 0, x - 1, x + 1)  # another token each
+    change = _relative(compared(model(other)), compared(model(x)))
+    if not change > 100 * TOLERANCE:
+        raise DisagreementError(
+            f"another input changes the output by {change:.1e} of the largest, "
+            f"expected more than {100 * TOLERANCE:.0e}: comparing outputs would prove nothing"
+        )
+
+
+def _relative(output: Tensor, exact: Tensor) -> float:
+    """The largest difference, as a share of the largest of `exact`."""
+    return float((output - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
 def nnz_of(model: nn.Module) -> int:

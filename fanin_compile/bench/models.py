@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fanin_compile.bench.masking import scale_weights
 from fanin_compile.errors import FaninError, OptionError
-from fanin_compile.mask import masked_weights
 
 
 class MissingPackageError(FaninError, ImportError):
@@ -74,7 +75,7 @@ def _maker(name: str) -> Callable[[Maker], Maker]:
 
 
 def make_model(name: str, *, small: bool = False, batch: int = 1, seed: int = 0) -> ModelCase:
-    """Build a model by name with random weights.
+    """Build a model by name with random weights, strong enough for every layer to show in the output.
 
     Raises: OptionError for an unknown name, MissingPackageError without transformers.
     """
@@ -87,55 +88,13 @@ def make_model(name: str, *, small: bool = False, batch: int = 1, seed: int = 0)
     torch.manual_seed(seed)
     case = MAKERS[name](transformers, small, batch)
     case.model.eval().requires_grad_(False)
+    scale_weights(case.model)
+    if name == "t5":  # attention in T5 divides by nothing, its queries are that much smaller
+        model: Any = case.model
+        for path, parameter in model.named_parameters():
+            if path.endswith("Attention.q.weight"):
+                parameter.div_(model.config.d_kv**0.5)
     return case
-
-
-def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, bool]]:
-    """(name, module, weight, transposed) of the layers that sparse training covers: all but stems and heads."""
-    for name, module, found in masked_weights(model):
-        head = any(part in name for part in ("head", "classifier", "pooler")) or not name
-        weight = getattr(module, found.name)
-        stem = weight.ndim > 2 and weight.shape[1] <= 3
-        if not head and not stem:
-            yield name, module, weight, found.transposed
-
-
-def mask_constant_fan_in(
-    model: nn.Module, sparsity: float, *, ablate: float = 0.0, seed: int = 0
-) -> dict[str, Tensor]:
-    """Zero all but a random constant fan-in of every maskable layer, in place; returns the masks by weight name.
-
-    Args:
-        ablate: share of the neurons of each feed-forward layer's first linear to ablate, at equal non-zeros: their
-            budget goes to the other neurons, as SRigL does. Layers without a name that says so keep all neurons.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    masks = {}
-    for name, module, weight, transposed in maskable(model):
-        by_neuron = weight.t() if transposed else weight
-        flat = by_neuron.flatten(1)
-        out, fan_in = flat.shape
-        dead = torch.zeros(out, dtype=torch.bool)
-        if ablate and is_hidden(name):
-            dead[torch.randperm(out, generator=generator)[: round(ablate * out)]] = True
-        budget = (1.0 - sparsity) * out * fan_in
-        k = min(fan_in, max(1, round(budget / max(1, int((~dead).sum())))))
-        columns = torch.rand(out, fan_in, generator=generator).topk(k, dim=1).indices
-        mask = torch.zeros(out, fan_in, dtype=torch.bool).scatter_(1, columns, True)
-        mask[dead] = False
-        mask = mask.view(by_neuron.shape)
-        with torch.no_grad():
-            by_neuron.mul_(mask)
-        parameter = next(key for key, value in module.named_parameters(recurse=False) if value is weight)
-        masks[f"{name}.{parameter}"] = mask.t() if transposed else mask
-    return masks
-
-
-def is_hidden(name: str) -> bool:
-    """The first linear of a feed-forward block, by the names that transformers uses."""
-    return name.endswith(
-        ("intermediate.dense", "c_fc", "fc1", "gate_proj", "up_proj", "wi", "pwconv1", "lin1")
-    )
 
 
 @_maker("bert")
@@ -266,7 +225,9 @@ def _deit(t: Any, small: bool, batch: int) -> ModelCase:
 
 @_maker("convnext")
 def _convnext(t: Any, small: bool, batch: int) -> ModelCase:
-    config = t.ConvNextConfig(**({"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]} if small else {}))
+    sizes = {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
+    # fresh layer scales of 1e-6 would leave the identity of every block
+    config = t.ConvNextConfig(layer_scale_init_value=1.0, **(sizes if small else {}))
     pixels = torch.randn(batch, 3, *((64, 64) if small else (224, 224)))
     return ModelCase("convnext", t.ConvNextForImageClassification(config), {"pixel_values": pixels}, "logits")
 
@@ -328,5 +289,7 @@ def _whisper(t: Any, small: bool, batch: int) -> ModelCase:
 @_maker("mlp")
 def _mlp(t: Any, small: bool, batch: int) -> ModelCase:
     width = 96 if small else 3072
-    layers = [nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
-    return ModelCase("mlp", nn.Sequential(*layers), {"input": torch.randn(batch, 784)}, None)
+    layers: dict[str, nn.Module] = {"hidden1": nn.Linear(784, width), "relu1": nn.ReLU()}
+    layers |= {"hidden2": nn.Linear(width, width), "relu2": nn.ReLU(), "output": nn.Linear(width, 10)}
+    model = nn.Sequential(OrderedDict(layers))
+    return ModelCase("mlp", model, {"input": torch.randn(batch, 784)}, None)

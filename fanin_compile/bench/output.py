@@ -27,6 +27,7 @@ class BenchResult:
         fields["rows"] = [row.to_dict() for row in self.rows]
         if self.roofline is not None:
             fields["roofline"] = {"macs_per_ns": self.roofline.macs_per_ns, "read": self.roofline.read}
+        fields["notes"] = list(self.notes)
         return json.dumps(fields, indent=2)
 
     def __str__(self) -> str:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from rich.progress import track
 from torch import Tensor, nn
 
 from fanin_compile.bench.contenders import DENSE, QUICK
 from fanin_compile.bench.feed_forward import AIM, feed_forward, time_removal
+from fanin_compile.bench.footprint import first_output, resident
 from fanin_compile.bench.layers_alone import layers_alone, time_alone
+from fanin_compile.bench.masking import mask_constant_fan_in, maskable
 from fanin_compile.bench.measure import Row, run_case
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in, maskable
+from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host
-from fanin_compile.condense import condense
-from fanin_compile.ops import scratch_nbytes
+from fanin_compile.errors import OptionError
 from fanin_compile.report import explain
-from fanin_compile.timing import threads as threads_of
 
 # least ratios aimed at, at 90 % sparsity, by batch
 TARGETS = {
@@ -42,12 +41,16 @@ def bench_model(
     threads: Sequence[int],
     seconds: float,
     quick: bool = False,
+    first_outputs: bool = False,
 ) -> BenchResult:
     """One model at several batch sizes and thread counts against dense torch.
 
     Args:
         ablate: share of the feed-forward layers' hidden neurons to ablate, at equal non-zeros.
         quick: the small form of the model, one batch size, few contenders.
+        first_outputs: measure how long compiling and condensing takes, at the first batch size and thread count.
+
+    Raises: OptionError for an unknown model or one without hidden layers to ablate, DisagreementError.
     """
     if quick:
         batches, seconds = batches[:1], min(seconds, 0.05)
@@ -59,6 +62,7 @@ def bench_model(
         for batch in track(batches, f"{name}, {count} thread{'s' * (count > 1)}", transient=True):
             case = make_model(name, small=quick, batch=batch)
             mask_constant_fan_in(case.model, sparsity, ablate=ablate)
+            ablated = _ablated(name, case.model, ablate) if ablate else ""
             model = OneInput(case).eval()
             x = next(iter(case.inputs.values()))
             row = run_case(
@@ -81,23 +85,32 @@ def bench_model(
                 notes.append(f"{where}: condensed graph {ratio:.2f} times as fast as the best dense")
             took = ", ".join(f"{name} {timing.us:.0f}" for name, timing in times.items())
             notes.append(f"{where}: {len(inputs)} layers alone (us: {took})")
-            notes.append(f"{where}: {_resident(model, x, count)}")
+            notes.append(f"{where}: {resident(model, x, threads_used=count)}")
+            if first_outputs and (batch, count) == (batches[0], threads[0]):
+                waits = first_output(model, x, threads_used=count)
+                doors = ", ".join(f"{door} {wait:.1f}" for door, wait in waits.items())
+                notes.append(f"{where}: first output after (s, no compilation kept): {doors}")
             if ablate:
                 layers = {name: layer for name, layer, *_ in maskable(case.model)}
+                notes.append(f"{where}: {ablated}")
                 notes.append(f"{where}: {_removal(model, x, layers, count, seconds)}")
     return BenchResult(f"whole model {name}", host(), tuple(rows), None, tuple(notes))
 
 
-def _resident(model: OneInput, x: Tensor, count: int) -> str:
-    """What the condensed model keeps in memory next to the dense one: its state, and the scratch of a thread."""
-    with threads_of(count), torch.no_grad():
-        condensed = condense(model)
-        condensed(x)
-    dense, state = (sum(t.nbytes for t in m.state_dict().values()) for m in (model, condensed))
-    return (
-        f"resident {state / 1e6:.1f} MB, {state / dense:.0%} of the dense {dense / 1e6:.1f}; "
-        f"scratch of a thread up to {scratch_nbytes() / 1e6:.2f} MB"
-    )
+def _ablated(name: str, model: nn.Module, ablate: float) -> str:
+    """How many neurons of the masked layers have no weight.
+
+    Raises: OptionError where that is none, so that no row says of a model what is not so.
+    """
+    weights = [(weight.t() if transposed else weight) for _, _, weight, transposed in maskable(model)]
+    dead = [int((weight.flatten(1) == 0).all(1).sum()) for weight in weights]
+    layers = sum(count > 0 for count in dead)
+    if not layers:
+        raise OptionError(
+            f"ablate is {ablate:g}, expected 0 for {name}: it has {len(dead)} masked layers, none of them a hidden one "
+            "by its name, or none as many neurons"
+        )
+    return f"{sum(dead)} neurons ablated, in {layers} of {len(dead)} layers"
 
 
 def _removal(model: OneInput, x: Tensor, layers: Mapping[str, nn.Module], count: int, seconds: float) -> str:

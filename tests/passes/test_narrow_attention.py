@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in
+from fanin_compile.bench.masking import mask_constant_fan_in
+from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.condense import condense
 from fanin_compile.export import RESULT
 from fanin_compile.graph import CONDENSED, PassResult

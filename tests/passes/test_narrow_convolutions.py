@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fanin_compile.bench.models import OneInput, make_model, mask_constant_fan_in
+from fanin_compile.bench.masking import mask_constant_fan_in
+from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.condense import condense
 from fanin_compile.graph import CONDENSED, bind_arguments
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels

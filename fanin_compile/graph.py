@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import Argument, map_arg
 
 from fanin_compile import ops_conv, ops_depthwise, ops_pool  # noqa: F401  (they define the operators named below)
@@ -331,6 +332,11 @@ def tensor_meta(node: object) -> Tensor | None:
     """The (fake) tensor a node computes, None for anything else."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape whatever symbolic sizes are, without guarding on them."""
+    return a.ndim == b.ndim and statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
 
 
 def size_hint(value: int | torch.SymInt) -> int:

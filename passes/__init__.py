@@ -13,6 +13,7 @@ from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
+from fanin_compile.passes.fold_scale import fold_scale
 from fanin_compile.passes.fuse_append_attention import fuse_append_attention
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
@@ -30,6 +31,7 @@ PIPELINE: tuple[Pass, ...] = (
     unflatten_linears,  # before anything that follows activations: flattening views would end the trail
     recognise_activations,  # before anything that looks for activations by name
     fold_batch_norm,  # before constants are followed: one layer less on their way
+    fold_scale,  # after batch norms, behind which factors stand; before epilogues, whose residual they hide
     fold_constant_channels,  # on masked layers: it empties columns, which later need not be condensed
     remove_unread_neurons,  # after the fold, by which nobody reads an ablated neuron any more
     condense_linear,

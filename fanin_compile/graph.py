@@ -294,6 +294,17 @@ def add_constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) 
     return node
 
 
+def constant_name(weight: fx.Node, ctx: Context) -> str | None:
+    """That of the first constant which `weight` is made of."""
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr":
+            return ctx.names.get(str(node.target), str(node.target))
+        stack.extend(reversed(node.all_input_nodes))
+    return None
+
+
 class ConstantNodes:
     """Registers what stands for a constant weight of a graph, once however many layers use it."""
 

@@ -24,9 +24,11 @@ from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.reuse_residuals import reuse_residuals
 from fanin_compile.passes.split_batch import split_batch
 from fanin_compile.passes.unflatten_linears import unflatten_linears
+from fanin_compile.passes.write_as_linears import write_as_linears
 
 PIPELINE: tuple[Pass, ...] = (
-    find_masked_layers,  # first: every later pass reads the layers and constants it names
+    write_as_linears,  # first: the next finds layers in the forms of linears and convolutions
+    find_masked_layers,  # every later pass reads the layers and constants it names
     drop_identities,  # they would stand between layers and what the rest looks for
     unflatten_linears,  # before anything that follows activations: flattening views would end the trail
     recognise_activations,  # before anything that looks for activations by name

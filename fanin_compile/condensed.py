@@ -145,6 +145,13 @@ class CondensedWeight:
         """The same weight with its values stored as `dtype`; None keeps theirs."""
         return self if dtype in (None, self.values.dtype) else replace(self, values=self.values.to(dtype))
 
+    def scaled(self, factors: Tensor) -> CondensedWeight:
+        """Each row times its factor [out], in float64, rounded once; the structure is untouched, so a factor of 0
+        keeps its row."""
+        rows = factors if self.rows is None else factors[self.rows.long()]
+        each = rows.repeat_interleave(self.row_fan_in(), output_size=self.nnz).view_as(self.values)
+        return replace(self, values=(self.values.double() * each).to(self.values.dtype))
+
     def dense_index(self) -> Tensor:
         """int64 [nnz]: where each value stands in the flattened dense weight, ascending.
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import Argument, map_arg
 
 from fanin_compile import ops_conv, ops_depthwise, ops_pool  # noqa: F401  (they define the operators named below)
@@ -303,6 +304,17 @@ def add_constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) 
     return node
 
 
+def constant_name(weight: fx.Node, ctx: Context) -> str | None:
+    """That of the first constant which `weight` is made of."""
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr":
+            return ctx.names.get(str(node.target), str(node.target))
+        stack.extend(reversed(node.all_input_nodes))
+    return None
+
+
 class ConstantNodes:
     """Registers what stands for a constant weight of a graph, once however many layers use it."""
 
@@ -341,6 +353,11 @@ def tensor_meta(node: object) -> Tensor | None:
     """The (fake) tensor a node computes, None for anything else."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape whatever symbolic sizes are, without guarding on them."""
+    return a.ndim == b.ndim and statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
 
 
 def size_hint(value: int | torch.SymInt) -> int:

@@ -15,7 +15,9 @@ aten = torch.ops.aten
 def _clamp_name(node: fx.Node) -> str | None:
     """Of hardtanh and clamp, whose bounds are their second and third argument."""
     _, low, high = bind_arguments(node).values()
-    return "relu6" if low == 0 and high == 6 else None
+    if low != 0:
+        return None
+    return "relu" if high is None else "relu6" if high == 6 else None
 
 
 _ACTIVATIONS: dict[object, Callable[[fx.Node], str | None]] = {
@@ -27,6 +29,9 @@ _ACTIVATIONS: dict[object, Callable[[fx.Node], str | None]] = {
     aten.hardtanh_.default: _clamp_name,
     aten.clamp.default: _clamp_name,
     aten.clamp_.default: _clamp_name,
+    **dict.fromkeys(
+        (aten.clamp_min.default, aten.clamp_min_.default), lambda n: "relu" if n.args[1] == 0 else None
+    ),
     aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
     aten.silu.default: lambda _: "silu",
     aten.silu_.default: lambda _: "silu",

@@ -13,6 +13,7 @@ from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
+from fanin_compile.passes.fold_scale import fold_scale
 from fanin_compile.passes.fuse_append_attention import fuse_append_attention
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
@@ -23,13 +24,16 @@ from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.reuse_residuals import reuse_residuals
 from fanin_compile.passes.split_batch import split_batch
 from fanin_compile.passes.unflatten_linears import unflatten_linears
+from fanin_compile.passes.write_as_linears import write_as_linears
 
 PIPELINE: tuple[Pass, ...] = (
-    find_masked_layers,  # first: every later pass reads the layers and constants it names
+    write_as_linears,  # first: the next finds layers in the forms of linears and convolutions
+    find_masked_layers,  # every later pass reads the layers and constants it names
     drop_identities,  # they would stand between layers and what the rest looks for
     unflatten_linears,  # before anything that follows activations: flattening views would end the trail
     recognise_activations,  # before anything that looks for activations by name
     fold_batch_norm,  # before constants are followed: one layer less on their way
+    fold_scale,  # after batch norms, behind which factors stand; before epilogues, whose residual they hide
     fold_constant_channels,  # on masked layers: it empties columns, which later need not be condensed
     remove_unread_neurons,  # after the fold, by which nobody reads an ablated neuron any more
     condense_linear,

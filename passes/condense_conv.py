@@ -6,6 +6,8 @@
     torch makes y channels_last where x or w is, our kernel where x is:
     y = conv2d(x, w, ...), w alone channels_last  ->  y = fanin.gather_conv(clone(x, channels_last), ...)
 
+    y = conv2d(x, w, padding="same"), kernel 4    ->    y = fanin.gather_conv(pad(x, [0, 1, 0, 1]), ..., padding 1)
+
 No im2col: each non-zero is one offset into the padded planes of x. Ablated channels come back as their bias.
 """
 
@@ -48,10 +50,8 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
             continue
         x, dense, bias, stride, padding, dilation, groups = _arguments(node, CONVOLUTIONS[node.target])
         kernel = weight.shape[2:]
-        pads = _numeric_padding(padding, kernel, dilation)
+        pads, uneven = _numeric_padding(padding, kernel, dilation)
         refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)
-        if pads is None and refusal is None:
-            refusal = Skip(layer.name, "'same' padding is uneven", {"kernel": kernel, "dilation": dilation})
         if (taps := math.prod(kernel)) > MAX_TAPS and refusal is None:
             refusal = Skip(
                 layer.name, "its kernel has more taps than codes tell apart", {"taps": taps, "most": MAX_TAPS}
@@ -64,7 +64,8 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if refusal is not None:
             skipped.append(refusal)
             continue
-        assert pads is not None
+        if any(uneven):
+            x = _padded_at_the_end(node, x, uneven)
         if dense not in constants:
             packed = pack_conv(
                 weight.with_dtype(ctx.values_dtype),
@@ -119,11 +120,23 @@ def _arguments(node: fx.Node, dims: int) -> tuple[Any, Any, Any, list[int], Any,
     )
 
 
-def _numeric_padding(padding: object, kernel: tuple[int, ...], dilation: list[int]) -> list[int] | None:
-    if padding == "valid":
-        return [0] * len(kernel)
+def _numeric_padding(
+    padding: object, kernel: tuple[int, ...], dilation: list[int]
+) -> tuple[list[int], list[int]]:
+    """The border on both sides of each dimension, and what 'same' of an even kernel adds at the end, as torch does."""
     if padding == "same":
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return None if any(t % 2 for t in totals) else [t // 2 for t in totals]
+        return [t // 2 for t in totals], [t % 2 for t in totals]
+    if padding == "valid":
+        return [0] * len(kernel), [0] * len(kernel)
     assert isinstance(padding, list)
-    return padding
+    return padding, [0] * len(kernel)
+
+
+def _padded_at_the_end(node: fx.Node, x: fx.Node, extra: list[int]) -> fx.Node:
+    pads = [n for more in reversed(extra) for n in (0, more)]
+    with node.graph.inserting_before(node):
+        padded = node.graph.call_function(aten.constant_pad_nd.default, (x, pads))
+    padded.meta = {key: value for key, value in node.meta.items() if key not in (LAYER, CONDENSED)}
+    renew_value(node.graph, padded)
+    return padded

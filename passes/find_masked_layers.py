@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
@@ -31,10 +32,12 @@ from fanin_compile.graph import (
     PassResult,
     add_constant,
     bind_arguments,
+    constant_name,
     replace_node,
     size_hint,
     tensor_meta,
 )
+from fanin_compile.moves import PERMUTES, VIEWS
 from fanin_compile.records import Layer, Rewrite, Skip
 
 aten = torch.ops.aten
@@ -131,7 +134,7 @@ def _sites(graph: fx.Graph) -> Iterator[_Site]:
         elif node.target is aten.einsum.default and len(args[1]) == 2:
             for x, weight in ((0, 1), (1, 0)):
                 order = _einsum_weight(args[0], x, weight)
-                if order is not None:
+                if order is not None and _contracts(args[1][x], args[1][weight], order.index("i")):
                     yield _Site(node, "linear", args[1][x], args[1][weight], None, transposed=order == "io")
 
 
@@ -144,6 +147,12 @@ def _einsum_weight(equation: str, x: int, weight: int) -> str | None:
     if not arrow or not letters.isalpha() or len(set(letters)) != len(letters) or out != lead + o:
         return None
     return {o + i: "oi", i + o: "io"}.get(terms[weight])
+
+
+def _contracts(x: fx.Node, weight: fx.Node, dim: int) -> bool:
+    """Whether the last dimension of x is as long as `dim` of the weight: einsum broadcasts one of size 1."""
+    x_shape, shape = _shape(x), _shape(weight)
+    return bool(x_shape and shape) and statically_known_true(x_shape[-1] == shape[dim])  # type: ignore[index]
 
 
 def _shape(value: object) -> tuple[object, ...] | None:
@@ -187,6 +196,14 @@ def _mask(weight: fx.Node, ctx: Context, evaluate: Evaluator) -> Tensor | None:
         if _is_zero(weight.args[2], evaluate):
             return condition
         return ~condition if _is_zero(weight.args[1], evaluate) else None
+    if weight.target in (*VIEWS, *PERMUTES):
+        mask = _mask(weight.args[0], ctx, evaluate)  # type: ignore[arg-type]
+        if mask is None or tuple(mask.shape) != _shape(weight.args[0]):
+            return None
+        moved: Tensor = (aten.reshape.default if weight.target in VIEWS else weight.target)(
+            mask, *weight.args[1:]
+        )
+        return moved
     if weight.all_input_nodes and weight.target in PASSING:
         return _mask(weight.all_input_nodes[0], ctx, evaluate)
     return None
@@ -214,7 +231,7 @@ def _hidden(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip
             value = evaluate(weight) if _rank(weight) == 2 else None
             if value is not None and not bool((value != 0).all()):
                 values = {"op": node.target, "opened by": "torch.backends.mha.set_fastpath_enabled(False)"}
-                yield Skip(_constant_name(weight, ctx) or weight.name, "hidden in a fused operator", values)
+                yield Skip(constant_name(weight, ctx) or weight.name, "hidden in a fused operator", values)
 
 
 def _transposed(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip]:
@@ -227,7 +244,7 @@ def _transposed(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[
         if value is not None and not bool((value != 0).all()):
             values = {"op": node.target, "shape": "x".join(map(str, value.shape))}
             yield Skip(
-                _constant_name(weight, ctx) or weight.name, "transposed convolutions stay dense", values
+                constant_name(weight, ctx) or weight.name, "transposed convolutions stay dense", values
             )
 
 
@@ -249,19 +266,8 @@ def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor, *, coun
 
 
 def _name(site: _Site, ctx: Context) -> str:
-    name = _constant_name(site.weight, ctx)
+    name = constant_name(site.weight, ctx)
     return site.node.name if name is None else name
-
-
-def _constant_name(weight: fx.Node, ctx: Context) -> str | None:
-    """That of the first constant which `weight` is made of."""
-    stack = [weight]
-    while stack:
-        node = stack.pop()
-        if node.op == "get_attr":
-            return ctx.names.get(str(node.target), str(node.target))
-        stack.extend(reversed(node.all_input_nodes))
-    return None
 
 
 def _first(graph: fx.Graph) -> fx.Node:

@@ -10,12 +10,9 @@ without a masked layer are left as they are.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import fx
 
-from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
     CONVOLUTIONS,
@@ -71,7 +68,7 @@ def fold_batch_norm(gm: fx.GraphModule, ctx: Context) -> PassResult:
             shift = shift + affine[1].double()
         if dense is None:
             name = layer.meta[LAYER].name
-            weight = _scaled(layer.meta[CONDENSED], scale)
+            weight = layer.meta[CONDENSED].scaled(scale)
             set_layer_weight(gm, layer, weight, shift.to(weight.values.dtype))
         else:
             target = str(bind_arguments(layer)["weight"].target)
@@ -96,10 +93,3 @@ def _dense_weight(layer: fx.Node, evaluate: Evaluator) -> torch.Tensor | None:
         return None
     value = evaluate(weight)
     return value if value is not None and value.layout == torch.strided else None
-
-
-def _scaled(weight: CondensedWeight, scale: torch.Tensor) -> CondensedWeight:
-    """Each row times its scale [out]; the structure is untouched, so a scale of 0 keeps its row."""
-    rows = scale if weight.rows is None else scale[weight.rows.long()]
-    factors = rows.repeat_interleave(weight.row_fan_in(), output_size=weight.nnz).view_as(weight.values)
-    return dataclasses.replace(weight, values=(weight.values.double() * factors).to(weight.values.dtype))

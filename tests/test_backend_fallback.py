@@ -79,7 +79,7 @@ def test_strict_raises(broken: str) -> None:
         error = error.__cause__ or error.__context__
     assert any(isinstance(e, RewriteError) for e in chain)
     if broken == "pass":
-        assert "pass _broken_pass failed (passes before it: find_masked_layers)" in str(caught.value)
+        assert "pass _broken_pass failed (passes before it: write_as_linears)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,42 @@ def test_many_changes_of_values_compile_once() -> None:
     assert len(compilations) == 1
 
 
+def test_a_factor_that_was_folded_is_watched() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = sparse_linear(64, 32, 6), sparse_linear(32, 9, 5)
+            self.gamma, self.scale = nn.Parameter(randn(32)), nn.Buffer(torch.tensor(0.5))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.b(torch.relu(self.gamma * self.a(x)) + x[:, :32]) / self.scale
+
+    model = Model()
+    f, x = compiled(model), randn(5, 64)
+    with recorded() as compilations:
+        before = f(x)
+        assert_equals_model(before, model, x)
+        changes: tuple[Callable[[], object], ...] = (
+            lambda: model.gamma.mul_(-1.5),
+            lambda: model.gamma[3:9].zero_(),
+            lambda: setattr(model.gamma, "data", randn(32, seed=5)),
+            lambda: model.scale.add_(0.25),
+            lambda: model.scale.fill_(0.0),  # infinite: it is compiled anew, and stays
+        )
+        for change in changes[:-1]:
+            change()
+            y = f(x)
+            assert not torch.allclose(y, before, atol=1e-3)
+            assert_equals_model(y, model, x)
+            before = y
+        assert len(compilations) == 1
+        assert compilations[0].result is not None
+        folded = [r.layer for r in compilations[0].result.rewritten if r.detail == "scale folded"]
+        assert folded == ["a", "b"]
+        changes[-1]()
+        torch.testing.assert_close(f(x), model(x), equal_nan=True)
+
+
 def test_what_ablated_neurons_pass_through_is_watched() -> None:
     layers = (sparse_linear(64, 32, 6, ablated=8), nn.BatchNorm1d(32), nn.ReLU(), sparse_linear(32, 9, 5))
     model = any_type(nn.Sequential(*layers).eval())

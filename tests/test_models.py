@@ -289,6 +289,24 @@ def test_feed_forward_layers_are_one_call_a_block(name: str, monkeypatch: pytest
     }
 
 
+def test_the_blocks_of_a_convnext_end_in_their_scaled_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_inductor(monkeypatch)
+    model, x = _case("convnext", "zeros")
+    with torch.no_grad(), record() as compilations:
+        for name, parameter in model.named_parameters():
+            if "layer_scale" in name:  # 1e-6 each, which would hide a block
+                parameter.copy_(randn(*parameter.shape))
+        _assert_as_exact(model, x, compiled(model)(x))
+    (compilation,) = compilations
+    assert compilation.result is not None
+    for detail in ("scale folded", "+ residual"):
+        layers = {r.layer for r in compilation.result.rewritten if r.detail == detail}
+        assert len(layers) == 4, f"{detail}: {layers}"
+    graph = compilation.result.graph_module.graph
+    for target in (torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor):
+        assert not graph.find_nodes(op="call_function", target=target)
+
+
 def _gated_t5() -> tuple[OneInput, Tensor]:
     """Version 1.1 of T5, its gelu written out."""
     import transformers

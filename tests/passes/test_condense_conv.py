@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from fanin_compile.graph import LAYER
 from fanin_compile.passes.condense_conv import condense_conv
-from tests.compile_support import randn
+from tests.compile_support import assert_equals_model, randn
 from tests.passes.support import calls, graph_of, run
 
 gather_conv = torch.ops.fanin.gather_conv.default
@@ -43,19 +43,36 @@ def test_swaps_a_sparse_convolution(dims: int, arguments: dict[str, Any]) -> Non
     assert result.rewritten[0].bytes is not None
 
 
-def test_leaves_dense_and_transposed_and_unevenly_padded_ones() -> None:
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("arguments", [{}, {"dilation": 3}, {"groups": 2, "bias": False}])
+def test_uneven_same_padding_is_added_before(dims: int, arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv1d(4, 6, 3), _sparse(nn.ConvTranspose1d(6, 4, 3)), _sparse(nn.Conv1d(4, 6, 4, padding="same"))
-    )
+    kernel = (4, 3, 2)[:dims]  # even, odd, even
+    conv, x = _sparse(KINDS[dims](4, 6, kernel, padding="same", **arguments)), randn(2, 4, *[9] * dims)
+    gm = graph_of(conv, x)
+    result = run(gm, condense_conv, inputs=(x,))
+    assert [r.became for r in result.rewritten] == ["gather-conv"]
+    assert not result.skipped
+    (pad,) = calls(gm, torch.ops.aten.constant_pad_nd.default)
+    assert LAYER not in pad.meta
+    assert pad.args[1] == [0, 1, 0, 0, 0, 1][6 - 2 * dims :]
+    assert gm(x).shape == conv(x).shape
+    assert_equals_model(gm(x), conv, x)
+    # without batch
+    gm = graph_of(conv, x[0])
+    run(gm, condense_conv, inputs=(x[0],))
+    assert_equals_model(gm(x[0]), conv, x[0])
+
+
+def test_leaves_dense_and_transposed_ones() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), _sparse(nn.ConvTranspose1d(6, 4, 3)))
     x = randn(2, 4, 9)
     gm = graph_of(model, x)
     result = run(gm, condense_conv, inputs=(x,))
     assert not calls(gm, gather_conv)
     assert not result.rewritten
-    (skip,) = result.skipped
-    assert (skip.layer, skip.reason) == ("2", "'same' padding is uneven")
-    assert skip.values == {"kernel": (4,), "dilation": [1]}
+    assert not result.skipped
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

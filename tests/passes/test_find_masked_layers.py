@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fanin_compile.graph import CONDENSED, LAYER
+from fanin_compile.graph import CONDENSED, LAYER, run_pipeline
 from fanin_compile.passes.find_masked_layers import find_masked_layers
-from tests.compile_support import fan_in_mask, randn, sparse_linear, sparse_weight
+from fanin_compile.passes.write_as_linears import write_as_linears
+from tests.compile_support import assert_equals_model, fan_in_mask, randn, sparse_linear, sparse_weight
 from tests.passes.support import calls, context, graph_of, run
 
 aten = torch.ops.aten
@@ -184,10 +185,31 @@ def test_an_einsum_of_a_linear_layer(equation: str, swapped: bool) -> None:
     assert not calls(gm, aten.einsum.default)
 
 
+def test_an_einsum_that_broadcasts_its_sum_is_no_linear_layer() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(sparse_weight(8, 8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,oi->bo", x, self.w)
+
+    x = randn(5, 1)
+    assert run(graph_of(Model(), x), inputs=(x,)).found == ()
+
+
 @pytest.mark.parametrize(
-    "equation", ["bsi,si->bs", "bsi,oi->bos", "bsi,oi->bo", "bsi,oi", "bis,oi->bso", "bbi,oi->bo"]
+    ("equation", "condensed"),
+    [
+        ("bsi,si->bs", False),
+        ("bsi,oi->bos", True),
+        ("bsi,oi->bo", False),
+        ("bsi,oi", True),
+        ("bis,oi->bso", True),
+        ("bbi,oi->bo", False),
+    ],
 )
-def test_other_einsums_stay(equation: str) -> None:
+def test_other_einsums_are_found_or_named(equation: str, condensed: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -196,7 +218,12 @@ def test_other_einsums_stay(equation: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.einsum(equation, x, self.w)
 
-    x = randn(8, 8, 8)
-    gm = graph_of(Model(), x)
-    assert run(gm, inputs=(x,)).found == ()
-    assert len(calls(gm, aten.einsum.default)) == 1
+    model, x = Model(), randn(8, 8, 8)
+    gm = graph_of(model, x)
+    result = run_pipeline(gm, (write_as_linears, find_masked_layers), context(gm))
+    assert [layer.name for layer in result.found] == (["w"] if condensed else [])
+    assert [str(skip) for skip in result.skipped] == (
+        [] if condensed else ["no condensed form (op aten.einsum.default, shape 8x8, sparsity 75%)"]
+    )
+    assert len(calls(result.graph_module, aten.einsum.default)) == (not condensed)
+    assert_equals_model(result.graph_module(x), model, x)

@@ -47,6 +47,13 @@ MATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "hardtanh in place": (lambda h, x: F.hardtanh(h, 0.0, 6.0, inplace=True), ["+ relu6"]),
     "clamp to 0 and 6": (lambda h, x: h.clamp(0, 6), ["+ relu6"]),
     "clamp in place": (lambda h, x: h.clamp_(min=0.0, max=6.0), ["+ relu6"]),
+    "clamp from 0": (lambda h, x: h.clamp(min=0), ["+ relu"]),
+    "clamp from 0 in place": (lambda h, x: h.clamp_(min=0.0), ["+ relu"]),
+    "clamp_min": (lambda h, x: h.clamp_min(0), ["+ relu"]),
+    "clamp_min in place": (lambda h, x: h.clamp_min_(0.0), ["+ relu"]),
+    "permuted residual": (lambda h, x: h.t() + x.t(), ["+ residual"]),
+    "permuted residual on the left": (lambda h, x: x.t() + h.permute(-1, 0), ["+ residual"]),
+    "permuted residual in place": (lambda h, x: h.transpose(0, 1).add_(x.t()), ["+ residual"]),
     "residual and relu6": (lambda h, x: F.relu6(h + x), ["+ residual", "+ relu6"]),
     "gelu": (lambda h, x: F.gelu(h), ["+ gelu"]),
     "gelu tanh": (lambda h, x: F.gelu(h, approximate="tanh"), ["+ gelu_tanh"]),
@@ -67,7 +74,16 @@ def test_fuses(name: str) -> None:
     epilogue, details = MATCHES[name]
     fused, operators = _fuse(epilogue)
     assert fused == details
-    assert operators <= 3  # the gather-matmul, and slices of x
+    assert operators <= (
+        4 if "permuted" in name else 3
+    )  # the gather-matmul, slices or permutations of x and of y
+
+
+def _written_over(h: Tensor, x: Tensor) -> Tensor:
+    """The permuted output is added to what its input has become."""
+    p = h.t()
+    x.mul_(2)
+    return p + x.t()
 
 
 LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -81,6 +97,12 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hardtanh of -1 and 1": lambda h, x: F.hardtanh(h),
     "clamp to 0 and 5": lambda h, x: h.clamp(0, 5),
     "clamp to -1 and 6": lambda h, x: h.clamp(-1, 6),
+    "clamp from 1": lambda h, x: h.clamp(min=1),
+    "clamp_min of 1": lambda h, x: h.clamp_min(1),
+    "clamp_min by a tensor": lambda h, x: h.clamp_min(torch.zeros(64)),
+    "permuted residual of another layout": lambda h, x: h.t() + x.t().contiguous(),
+    "permuted residual, other readers": lambda h, x: (p := h.t()) + x.t() * p,
+    "a residual written over in between": lambda h, x: _written_over(h, x.clone()),
     "clamp without a floor": lambda h, x: h.clamp(max=6),
     "clamp by tensors": lambda h, x: torch.clamp(h, torch.zeros(64), torch.full((64,), 6.0)),
 }

@@ -50,14 +50,20 @@ def test_multiply_adds_after_are_at_most_the_active_weights() -> None:
 
 
 def test_a_layer_left_dense_counts_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "gate_for", lambda nbytes: lambda layer: Skip(layer.name, "refused for the test"))
+    monkeypatch.setattr(
+        cost, "gate_for", lambda nbytes: lambda layer: Skip(layer.name, "refused for the test")
+    )
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8)).eval()
     mask = torch.ones(48, 64, dtype=torch.bool)
     mask[:16] = False
     prune.custom_from_mask(model[0], "weight", mask)
     report = explain(model, randn(5, 64))
     first, _ = report.layers
-    assert (first.became, first.macs_before, first.macs_after) == ("dense, narrowed", 5 * 48 * 64, 5 * 32 * 64)
+    assert (first.became, first.macs_before, first.macs_after) == (
+        "dense, narrowed",
+        5 * 48 * 64,
+        5 * 32 * 64,
+    )
     assert (first.bytes_before, first.bytes_after) == (4 * 48 * 64, 4 * 32 * 64)
     assert report.left == report.layers
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from tests.train_support import (
 )
 
 F64 = torch.float64
-Parts = tuple[nn.Module, torch.optim.Optimizer, SRigL]
 
 
 def start(
@@ -276,37 +274,3 @@ def test_a_learning_rate_schedule_runs_beside_it() -> None:
         assert_agreement(sparse)
     assert len(set(rates)) == 12
     assert sparse.steps == 12
-
-
-@pytest.mark.parametrize("grad_steps", [1, 2])
-def test_resume_between_two_micro_batches_is_bit_for_bit(grad_steps: int) -> None:
-    """Cut after one of three micro-batches of the step that ends in an update."""
-
-    def run(parts: Parts, *, cut: io.BytesIO | None = None, resumed: bool = False) -> None:
-        model, optimizer, sparse = parts
-        for step in range(sparse.steps, 10):
-            done = 1 if resumed and step == 5 else 0
-            if not done:
-                optimizer.zero_grad()
-            for micro in batch(model, step, 9).chunk(3)[done:]:
-                (loss_of(model, micro) / 3).backward()
-                if cut is not None and step == 5:
-                    torch.save(
-                        [model.state_dict(), optimizer.state_dict(), sparse.state_dict(grads=True)], cut
-                    )
-                    return
-            optimizer.step()
-            sparse.step()
-
-    uncut = start(grad_steps=grad_steps)
-    run(uncut)
-    file = io.BytesIO()
-    run(start(grad_steps=grad_steps), cut=file)
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
-    model, optimizer, sparse = resumed = start(grad_steps=grad_steps, seed=7)
-    model.load_state_dict(states[0])
-    optimizer.load_state_dict(states[1])
-    sparse.load_state_dict(states[2])
-    run(resumed, resumed=True)
-    assert_same_bits(parameters(uncut[0]), parameters(model))

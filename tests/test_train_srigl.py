@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from fanin_compile.errors import FaninError, MaskError, OptionError
-from fanin_compile.train import SRigL, Static
+from fanin_compile.train import SRigL
 from fanin_compile.train.optimizer_state import is_elementwise
 from tests.train_support import (
     ConvNet,
     assert_agreement,
     assert_constant_fan_in,
     assert_same_bits,
-    batch,
     fan_ins,
-    loss_of,
     mlp,
     parameters,
+    srigl,
     train,
     weight_and_mask,
 )
@@ -49,12 +44,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adafactor": torch.optim.Adafactor,
     "muon": lambda p: torch.optim.Muon([x for x in p if x.dim() == 2], 0.01),  # dense updates: masked again
 }
-
-
-def srigl(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> SRigL:
-    """SRigL with an update every other step, so that short trainings have many."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    return SRigL(model, optimizer, **({"total_steps": 40, "delta_t": 2, "sparsity": 0.75} | options))
 
 
 def test_start_by_eye() -> None:
@@ -197,53 +186,6 @@ def test_the_repr_says_which_layers_are_never_ablated() -> None:
     assert spared(ablate_last=True) == spared(ablation=False) == []
 
 
-# Each of these changes the masks of the same training; an option that is accepted and dropped would not.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sparsity": {"sparsity": 0.7},
-    "alpha": {"alpha": 0.9},
-    "delta_t": {"delta_t": 5},
-    "t_end": {"t_end": 4},
-    "total_steps": {"total_steps": 12},
-    "erk_power": {"erk_power": 0.5},
-    "allocation": {"allocation": "uniform"},
-    "dense_first": {"dense_first": True},
-    "include": {"include": "0"},
-    "exclude": {"exclude": "2"},
-    "overrides": {"overrides": {"2": 0.5}},
-    "init": {"init": "he"},
-    "init xavier": {"init": "xavier"},
-    "init keep": {"init": "keep"},
-    "grad_steps": {"grad_steps": 2},
-    "seed": {"seed": 1},
-    "ablation": {"ablation": False, "gamma_sal": 0.3},
-    "gamma_sal": {"gamma_sal": 0.6},
-    "ablation_reference": {"ablation_reference": "dense"},
-    "ablate_last": {"ablate_last": True},
-    "no_ablation": {"no_ablation": "0"},
-}
-
-
-def masks_after(**options: Any) -> dict[str, Tensor]:
-    model = mlp(16, 32, 24, 6)
-    sparse = srigl(model, **options)
-    train(model, sparse.optimizer, sparse, 20)
-    return {layer.name: layer.mask for layer in sparse.layers}
-
-
-@pytest.mark.parametrize("option", VARIANTS)
-def test_every_option_changes_the_result(option: str) -> None:
-    common = {
-        "gamma_sal": 1.0 if option == "ablate_last" else 0.9
-    }  # at 0.9 the last layer stays whole anyway
-    plain, changed = masks_after(**common), masks_after(**common | VARIANTS[option])
-    assert plain.keys() != changed.keys() or any(not torch.equal(plain[n], changed[n]) for n in plain)
-
-
-def test_no_ablation_may_name_a_layer_that_stays_dense() -> None:
-    sparse = srigl(mlp(16, 32, 4), exclude="2", no_ablation=["2"], gamma_sal=0.5)
-    assert [layer.ablate for layer in sparse.layers] == [True]
-
-
 def test_the_same_seed_gives_the_same_bits_whatever_the_global_generator() -> None:
     states = []
     for noise in (1, 2):
@@ -253,107 +195,6 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_global_generator() -> No
         train(model, sparse.optimizer, sparse, 10)
         states.append(parameters(model))
     assert_same_bits(*states)
-
-
-def checkpoint(*parts: Any) -> list[Any]:
-    """State dicts as they come back from torch.save with weights_only loading."""
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in parts], file)
-    file.seek(0)
-    loaded: list[Any] = torch.load(file, weights_only=True)
-    return loaded
-
-
-@pytest.mark.parametrize("cut", [1, 5, 6, 7, 20])
-@pytest.mark.parametrize("grad_steps", [1, 3])
-def test_resume_is_bit_for_bit(cut: int, grad_steps: int) -> None:
-    def fresh(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
-        model = mlp(16, 32, 4, seed=seed)
-        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-        return model, optimizer, srigl(model, optimizer, delta_t=6, gamma_sal=0.9, grad_steps=grad_steps)
-
-    model, optimizer, sparse = fresh(0)
-    train(model, optimizer, sparse, cut)
-    saved = checkpoint(model, optimizer, sparse)
-    train(model, optimizer, sparse, 25 - cut)
-    resumed = fresh(9)
-    for part, state in zip(reversed(resumed), reversed(saved), strict=True):
-        part.load_state_dict(state)
-    train(*resumed, 25 - cut)
-    assert_same_bits(parameters(model), parameters(resumed[0]))
-
-
-def test_state_of_other_layers_or_another_method_is_refused() -> None:
-    one, other = mlp(16, 32, 4), mlp(16, 24, 4)
-    state = srigl(one).state_dict()
-    with pytest.raises(OptionError, match="the state is of layers"):
-        srigl(other).load_state_dict(state)
-    with pytest.raises(OptionError, match="the state is of RigL"):
-        srigl(mlp(16, 32, 4)).load_state_dict(state | {"method": "RigL"})
-
-
-def test_finalize_leaves_a_plain_masked_model() -> None:
-    for keep in (True, False):
-        model = mlp(16, 32, 4)
-        sparse = srigl(model)
-        train(model, sparse.optimizer, sparse, 5)
-        masks = [layer.mask.clone() for layer in sparse.layers]
-        assert sparse.finalize(keep_masks=keep) is model
-        assert sum(name.endswith("_mask") for name in model.state_dict()) == (len(masks) if keep else 0)
-        model.zero_grad()
-        loss_of(model, batch(model, 0)).backward()
-        for layer, mask in zip(sparse.layers, masks, strict=True):
-            assert not layer.param[~mask].any()
-            assert layer.param.grad is not None
-            assert layer.param.grad[~mask].any(), "gradients are dense again: no hook is left"
-        with pytest.raises(FaninError, match="after finalize"):
-            sparse.step()
-
-
-def test_deepcopy_and_save_during_training_give_masked_models() -> None:
-    model = mlp(16, 32, 4)
-    sparse = srigl(model)
-    train(model, sparse.optimizer, sparse, 5)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert_same_bits(parameters(model), parameters(other))
-        loss_of(other, batch(other, 0)).backward()
-        weight, mask = weight_and_mask(other[0])
-        assert weight.grad is not None
-        assert weight.grad[~mask].any(), "a copy is not hooked"
-    train(model, sparse.optimizer, sparse, 5)
-    assert_agreement(sparse)
-
-
-def test_a_replaced_parameter_is_noticed_at_the_next_step() -> None:
-    def assign(model: nn.Module) -> None:
-        model.load_state_dict(mlp(16, 32, 4).state_dict(), strict=False, assign=True)
-
-    def parametrize(model: nn.Module) -> None:
-        nn.utils.parametrizations.weight_norm(model.get_submodule("0"))
-
-    for replace in (assign, parametrize):
-        model = mlp(16, 32, 4)
-        sparse = srigl(model)
-        train(model, sparse.optimizer, sparse, 1)
-        replace(model)
-        with pytest.raises(
-            FaninError, match=r"0\.weight: the model holds another Parameter.*after fully_shard"
-        ):
-            sparse.step()
-        with pytest.raises(FaninError, match="another Parameter"):
-            sparse.finalize()
-        assert sparse.steps == 1
-
-
-def test_a_training_that_would_stay_hooked_to_the_original_is_not_copied() -> None:
-    model = mlp(16, 32, 4)
-    sparse = srigl(model)
-    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(FaninError, match="SRigL cannot be copied or pickled"):
-            copied((model, sparse.optimizer, sparse) if copied is not copy.copy else sparse)
 
 
 class CountingSGD(torch.optim.SGD):
@@ -391,109 +232,6 @@ def test_optimizers_of_others_are_kept_clear_off_the_mask(kind: type[torch.optim
         assert_constant_fan_in(sparse)
     assert sparse.layers[0].explored is not None
     assert not torch.equal(sparse.layers[0].explored, sparse.layers[0].mask), "there were updates"
-
-
-def test_a_model_with_masks_starts_from_them_and_keeps_its_weights() -> None:
-    model = mlp(16, 32, 4)
-    sparse = srigl(model)
-    train(model, sparse.optimizer, sparse, 5)
-    before = parameters(sparse.finalize())
-    again = srigl(model)
-    assert_same_bits(before, parameters(model))
-    assert [x.budgets for x in again.layers] == [(int(x.mask.sum()),) for x in again.layers]
-    again.layers[0].mask[0, 0] ^= True
-    with pytest.raises(OptionError, match="fan-ins"):
-        srigl(model)
-
-
-def test_weights_written_off_the_mask_are_reported_at_the_next_update() -> None:
-    model = mlp(16, 32, 4)
-    sparse = srigl(model)
-    train(model, sparse.optimizer, sparse, 1)
-    with torch.no_grad():
-        sparse.layers[0].param.fill_(1.0)
-    with pytest.raises(MaskError, match=r"0\.weight: \d+ weights off the mask"):
-        train(model, sparse.optimizer, sparse, 1)
-
-
-def test_weights_written_off_the_mask_after_the_last_update_are_reported_by_finalize() -> None:
-    model, dense = mlp(16, 32, 4), mlp(16, 32, 4).state_dict()
-    trained = srigl(model)
-    train(model, trained.optimizer, trained, 31)  # the topology is final from step 30 on
-    static_model = mlp(16, 32, 4)
-    static = Static(static_model, torch.optim.SGD(static_model.parameters(), 0.05), sparsity=0.75)
-    for sparse in (trained, static):
-        sparse.model.load_state_dict(dense, strict=False)
-        with pytest.raises(MaskError, match=r"0\.weight: \d+ weights off the mask are not 0"):
-            sparse.finalize()
-        train(sparse.model, sparse.optimizer, sparse, 1)
-        for layer in sparse.layers:
-            assert layer.param.grad is not None
-            assert not layer.param.grad[~layer.mask].any(), "the hooks are still there"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sparsity": 1.0}, "sparsity is 1.0"),
-        ({"sparsity": 0.999, "allocation": "uniform"}, r"layer '2.weight': 0 active weights over 4 neurons"),
-        (
-            {"exclude": "fc9"},
-            "exclude: 'fc9' matches no layer; layers that can be sparse: 0.weight, 2.weight",
-        ),
-        ({"include": nn.Conv2d}, "include: .*Conv2d.* matches no layer"),
-        ({"overrides": {"conv*": 0.5}}, r"overrides: 'conv\*'"),
-        ({"no_ablation": "1"}, "no_ablation: '1'"),
-        ({"exclude": "*"}, "no layer is left to make sparse.*0.weight: excluded, 2.weight: excluded"),
-        ({"allocation": "erc"}, "allocation is 'erc'"),
-        ({"init": "kaiming"}, "init is 'kaiming'"),
-        ({"gamma_sal": 1.5}, "gamma_sal is 1.5"),
-        ({"ablation_reference": "k"}, "ablation_reference is 'k'"),
-        ({"ablation": False, "gamma_sal": 0.9}, "ablation is False, with gamma_sal; expected none"),
-        ({"ablation": False, "ablate_last": True, "no_ablation": "0"}, "with ablate_last, no_ablation"),
-        ({"ablation": False, "ablation_reference": "dense"}, "with ablation_reference"),
-        ({"allocation": "uniform", "erk_power": 0.5}, "erk_power is 0.5"),
-        ({"mha_blocks": "q"}, "mha_blocks is 'q'"),
-        ({"total_steps": 0}, "total_steps is 0"),
-        ({"grad_steps": 0}, "grad_steps is 0"),
-    ],
-)
-def test_refusals_name_the_quantity_and_leave_the_model_alone(options: dict[str, Any], message: str) -> None:
-    model = mlp(16, 32, 4)
-    before = parameters(model)
-    with pytest.raises(OptionError, match=message):
-        srigl(model, **options)
-    assert_same_bits(before, parameters(model))
-
-
-def test_an_option_that_does_not_exist_is_refused_before_anything_is_changed() -> None:
-    model = mlp(16, 32, 4)
-    before = parameters(model)
-    with pytest.raises(TypeError, match="sparsty"):
-        srigl(model, sparsty=0.5)
-    assert_same_bits(before, parameters(model))
-
-
-def test_a_weight_that_the_optimizer_does_not_hold_is_refused() -> None:
-    model = mlp(16, 32, 4)
-    with pytest.raises(OptionError, match=r"layer '2.weight' is not among the optimizer's parameters"):
-        srigl(model, torch.optim.SGD(model[0].parameters(), 0.1))
-
-
-def test_a_training_too_short_for_any_update_warns() -> None:
-    with pytest.warns(UserWarning, match="the topology will never change"):
-        srigl(mlp(16, 32, 4), delta_t=30)
-
-
-@pytest.mark.parametrize(("init", "variance"), [("he", 2 / 64), ("xavier", 2 / (64 + 32))])
-def test_initial_variance_belongs_to_the_sparse_fan_in(init: Any, variance: float) -> None:
-    """320 neurons with 64 of 640 inputs: each input is read by 32 neurons on average."""
-    model = nn.Sequential(nn.Linear(640, 320), nn.ReLU(), nn.Linear(320, 2))
-    sparse = srigl(model, init=init, include="0", sparsity=0.9)
-    active = sparse.layers[0].param[sparse.layers[0].mask]
-    assert active.numel() == 320 * 64
-    # the variance of a normal sample of N has relative deviation sqrt(2 / N), here 1 %: five of them
-    assert active.var().item() == pytest.approx(variance, rel=0.05)
 
 
 def test_explored_share_only_grows_and_starts_at_the_density() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fanin_compile.train import SRigL
 from fanin_compile.train.base import SparseTraining
 from fanin_compile.train.layers import SparseLayer
 
@@ -58,6 +60,12 @@ def train(model: nn.Module, optimizer: Optimizer, sparse: SparseTraining, steps:
         loss_of(model, batch(model, sparse.steps)).backward()
         optimizer.step()
         sparse.step()
+
+
+def srigl(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> SRigL:
+    """SRigL with an update every other step, so that short trainings have many."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    return SRigL(model, optimizer, **({"total_steps": 40, "delta_t": 2, "sparsity": 0.75} | options))
 
 
 def weight_and_mask(module: nn.Module, name: str = "weight") -> tuple[Tensor, Tensor]:

@@ -38,9 +38,10 @@ class SparseTraining:
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
-        optimizer: any torch optimizer that holds the weights; its per-element state is kept clear off the
-            mask. On a CPU take ``fused=True`` where there is one (Adam, AdamW, SGD, Adagrad): Adam's other forms
-            take square roots of the zeros in the state, at which MKL is ten times slower than at other numbers.
+        optimizer: any torch optimizer that holds the weights; its per-element state is kept clear off the mask. After
+            each step of one that torch does not ship, weights and state are masked anew. On a CPU take ``fused=True``
+            where there is one (Adam, AdamW, SGD, Adagrad): Adam's other forms take square roots of the zeros in the
+            state, at which MKL is ten times slower than at other numbers.
         sparsity: share of zeros over all sparse layers together, 0 <= s < 1. Decimals are exact: 0.9 is 9/10.
         allocation: "erk" (the larger a layer the sparser) or "uniform".
         erk_power: the ERK power scale exponent.

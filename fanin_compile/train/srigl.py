@@ -57,7 +57,7 @@ class SRigL(DynamicTraining):
             "gamma_sal": gamma_sal != 0.3,
             "ablation_reference": ablation_reference != "sparse",
             "ablate_last": ablate_last,
-            "no_ablation": no_ablation != (),
+            "no_ablation": bool(no_ablation),
         }
         if not ablation and any(given.values()):
             names = ", ".join(name for name, differs in given.items() if differs)

@@ -22,7 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from fanin_compile.condensed import CondensedWeight, index_dtype
 from fanin_compile.errors import FaninError, OptionError
-from fanin_compile.export import export_condensed
+from fanin_compile.export import UNSUPPORTED, export_condensed
 from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, has_neurons, masked_weights
@@ -84,7 +84,7 @@ def condense(
         masks: masks by parameter or module name, combined with those the model carries (see fanin_compile.mask).
         filter_fn: called with (module, qualified name); False leaves a layer dense.
         values_dtype: store values as float32, bfloat16 or float16 (arithmetic stays fp32); None keeps the weight's.
-        progress: show a progress bar.
+        progress: show a progress bar, over layers or, with example_inputs, over passes.
         example_inputs: positional arguments of one call; sizes of tensors stay free where the model lets them.
 
     Raises:
@@ -95,9 +95,16 @@ def condense(
         raise OptionError(f"values_dtype is {values_dtype}, expected None or one of {allowed}")
     if example_inputs is not None:
         try:
-            return export_condensed(
-                model, example_inputs, masks=masks, gate=_shrinks(model, filter_fn), values_dtype=values_dtype
+            exported = export_condensed(
+                model,
+                example_inputs,
+                masks=masks,
+                gate=_shrinks(model, filter_fn),
+                values_dtype=values_dtype,
+                progress=progress,
             )
+            exported.meta[UNSUPPORTED] = tuple(unsupported(model))
+            return exported
         except FaninError:
             raise
         except Exception as error:  # export may raise anything on code it cannot follow

@@ -135,7 +135,7 @@ class _Tags(nn.Module):
         self.a = sparse_linear(20, 64, 3)
         self.rnn = nn.LSTM(64, 32, batch_first=True)
         with torch.no_grad():
-            self.rnn.weight_hh_l0.mul_(torch.rand(128, 32) < 0.1)
+            dict(self.rnn.named_parameters())["weight_hh_l0"].mul_(torch.rand(128, 32) < 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.rnn(self.a(self.up(x)))[0]

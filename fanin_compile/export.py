@@ -87,6 +87,13 @@ def _names_and_masks(
             names |= {f"{at}{part}": layer for part in parts}
             if weight.source in ("buffer", "module", "user"):
                 known[f"{at}{name}"] = known[f"{at}{name}_orig"] = weight.mask
+    tied: dict[int, list[str]] = {}
+    for target, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(target)
+    for targets in tied.values():  # export takes the last name of a tied weight, maybe that of an embedding
+        layer_name = next((names[target] for target in targets if target in names), None)
+        if layer_name is not None:
+            names |= {target: layer_name for target in targets if target not in names}
     return names, known
 
 

@@ -81,10 +81,13 @@ def test_layers_of_one_weight_with_different_masks_are_two() -> None:
 
 
 class _Tagger(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, head_first: bool = False) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(200, 64)
+        if not head_first:
+            self.embedding = nn.Embedding(200, 64)
         self.head = sparse_linear(64, 200, 6, bias=False)
+        if head_first:
+            self.embedding = nn.Embedding(200, 64)
         self.embedding.weight = self.head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -92,8 +95,9 @@ class _Tagger(nn.Module):
         return y
 
 
-def test_a_head_tied_to_an_embedding_stays_dense_for_a_reason() -> None:
-    model, tokens = _Tagger().eval(), torch.arange(9)
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_head_tied_to_an_embedding_stays_dense_for_a_reason(head_first: bool) -> None:
+    model, tokens = _Tagger(head_first=head_first).eval(), torch.arange(9)
     condensed = any_type(condense(model))
     exported = condense(model, example_inputs=(tokens,))
     assert condensed.head.weight is condensed.embedding.weight

@@ -22,7 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from fanin_compile.condensed import CondensedWeight, index_dtype
 from fanin_compile.errors import FaninError, OptionError
-from fanin_compile.export import export_condensed
+from fanin_compile.export import UNSUPPORTED, export_condensed
 from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.mask import MaskedWeight, find_masked_weight, has_neurons, masked_weights
@@ -84,7 +84,7 @@ def condense(
         masks: masks by parameter or module name, combined with those the model carries (see fanin_compile.mask).
         filter_fn: called with (module, qualified name); False leaves a layer dense.
         values_dtype: store values as float32, bfloat16 or float16 (arithmetic stays fp32); None keeps the weight's.
-        progress: show a progress bar.
+        progress: show a progress bar, over layers or, with example_inputs, over passes.
         example_inputs: positional arguments of one call; sizes of tensors stay free where the model lets them.
 
     Raises:
@@ -95,9 +95,16 @@ def condense(
         raise OptionError(f"values_dtype is {values_dtype}, expected None or one of {allowed}")
     if example_inputs is not None:
         try:
-            return export_condensed(
-                model, example_inputs, masks=masks, gate=_shrinks(model, filter_fn), values_dtype=values_dtype
+            exported = export_condensed(
+                model,
+                example_inputs,
+                masks=masks,
+                gate=_shrinks(model, filter_fn, masks),
+                values_dtype=values_dtype,
+                progress=progress,
             )
+            exported.meta[UNSUPPORTED] = tuple(unsupported(model))
+            return exported
         except FaninError:
             raise
         except Exception as error:  # export may raise anything on code it cannot follow
@@ -131,9 +138,13 @@ def condense(
     return copied
 
 
-def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
+def _shrinks(model: nn.Module, filter_fn: Filter | None, masks: Mapping[str, Tensor] | None) -> Gate:
     """The gate of the graph door: what filter_fn allows and takes fewer bytes than dense."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    given = {
+        modules[path] for key in masks or {} for path in (key, key.rpartition(".")[0]) if path in modules
+    }
+    holders = _holders(model)
 
     def gate(layer: Layer) -> Skip | None:
         path = re.sub(r" \(use \d+\)$", "", layer.name)  # a further call is the same layer's
@@ -152,9 +163,44 @@ def _shrinks(model: nn.Module, filter_fn: Filter | None) -> Gate:
         condensed = layer.nnz * (size + entry) + least
         if condensed >= size * layer.dense_size:
             return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
+        # the filter has decided for all of them: a tied weight is one in a graph
+        keeper = _keeper(module, "weight", holders) if module is not None and module not in given else None
+        if keeper is not None and not hasattr(module, "weight_orig"):
+            dense = size * layer.dense_size
+            return _tied(layer.name, keeper, condensed, dense)
         return None
 
     return gate
+
+
+_Holders = Mapping[int, list[tuple[str, nn.Module]]]
+
+
+def _holders(model: nn.Module) -> _Holders:
+    """The modules that hold each parameter, by its id."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append((name, module))
+    return holders
+
+
+def _keeper(module: nn.Module, name: str, holders: _Holders, filter_fn: Filter | None = None) -> str | None:
+    """A module that shares the weight of a layer and has no condensed form itself, as an embedding."""
+    for path, other in holders.get(id(_stored(module, name)), ()):
+        if other is module:
+            continue
+        if not has_neurons(other) or isinstance(other, nn.MultiheadAttention):
+            return path
+        if filter_fn is not None and not filter_fn(other, path):
+            return path
+    return None
+
+
+def _tied(name: str, keeper: str, nbytes: int, dense: int) -> Skip:
+    """Condensed, it would take its bytes on top of the dense weight."""
+    values = {"tied to": keeper, "bytes": nbytes + dense, "dense": dense}
+    return Skip(name, "would not shrink, another module keeps its dense weight", values)
 
 
 def candidates(
@@ -171,32 +217,18 @@ def candidates(
         if isinstance(module, nn.MultiheadAttention)
         for child in module.modules()
     }
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append((name, module))
+    holders = _holders(model)
     found = masked_weights(model, masks)
     for name, module, masked in track(list(found), "condensing") if progress else found:
         candidate = _candidate(name, module, masked, filter_fn, module in attention)
-        others = [h for h in holders.get(id(_stored(module, masked.name)), ()) if h[1] is not module]
-        keeper = next((path for path, other in others if _keeps_dense(path, other, filter_fn)), None)
-        # other masks take more than they would save: as much as the weight itself
-        if keeper is not None and candidate.weight is not None and masked.source == "zeros":
-            values = {
-                "tied to": keeper,
-                "bytes": packed_nbytes(module, candidate.weight) + candidate.weight.dense_nbytes,
-                "dense": candidate.weight.dense_nbytes,
-            }
-            skip = Skip(candidate.name, "would not shrink, another module keeps its dense weight", values)
-            candidate = dataclasses.replace(candidate, weight=None, skip=skip)
+        weight = candidate.weight
+        # a mask of its own is stored beside the weight, or makes it another one, and takes as much
+        if weight is not None and masked.source == "zeros":
+            keeper = _keeper(module, masked.name, holders, filter_fn)
+            if keeper is not None:
+                skip = _tied(candidate.name, keeper, packed_nbytes(module, weight), weight.dense_nbytes)
+                candidate = dataclasses.replace(candidate, weight=None, skip=skip)
         yield candidate
-
-
-def _keeps_dense(path: str, module: nn.Module, filter_fn: Filter | None) -> bool:
-    """Whether a module that shares a layer's weight has no condensed form itself, as an embedding."""
-    if not has_neurons(module) or isinstance(module, nn.MultiheadAttention):
-        return True
-    return filter_fn is not None and not filter_fn(module, path)
 
 
 def unsupported(model: nn.Module) -> Iterator[Skip]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.nn.utils import parametrize
@@ -26,6 +27,7 @@ from fanin_compile.passes import PIPELINE
 # graph_module.meta keys, for reports
 RESULT = "fanin_result"  # the PipelineResult
 MODEL = "fanin_model"  # the name of the model's class
+UNSUPPORTED = "fanin_unsupported"  # the Skips of its sparse weights that have no condensed form
 
 
 def export_condensed(
@@ -35,6 +37,7 @@ def export_condensed(
     masks: Mapping[str, Tensor] | None,
     gate: Gate,
     values_dtype: torch.dtype | None,
+    progress: bool = False,
 ) -> fx.GraphModule:
     """Capture `model` in eval mode and run the pipeline; sizes of inputs stay free where the model lets them.
 
@@ -52,7 +55,8 @@ def export_condensed(
     _drop_asserts(captured)
     ctx = Context(gate, known, names, values_dtype, masks_decide=True)
     with torch.no_grad():
-        result = run_pipeline(captured, PIPELINE, ctx)
+        passes = track(PIPELINE, "condensing") if progress else PIPELINE
+        result = run_pipeline(captured, passes, ctx)
     # the last copy owns only the tensors it reads
     condensed = fx.GraphModule(result.graph_module, result.graph_module.graph)
     condensed = copy.deepcopy(condensed)  # what is dense still belongs to the model
@@ -83,6 +87,13 @@ def _names_and_masks(
             names |= {f"{at}{part}": layer for part in parts}
             if weight.source in ("buffer", "module", "user"):
                 known[f"{at}{name}"] = known[f"{at}{name}_orig"] = weight.mask
+    tied: dict[int, list[str]] = {}
+    for target, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(target)
+    for targets in tied.values():  # export takes the last name of a tied weight, maybe that of an embedding
+        layer_name = next((names[target] for target in targets if target in names), None)
+        if layer_name is not None:
+            names |= {target: layer_name for target in targets if target not in names}
     return names, known
 
 

@@ -11,7 +11,7 @@ import copy
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -137,7 +137,7 @@ class PipelineResult:
         return tuple(layer for _, result in self.results for layer in result.found)
 
 
-def run_pipeline(gm: fx.GraphModule, passes: Sequence[Pass], ctx: Context) -> PipelineResult:
+def run_pipeline(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context) -> PipelineResult:
     """Run `passes` over a copy of `gm` (whose tensors are shared), checking each pass's contract here, once.
 
     Raises:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fanin_compile import backend
 from fanin_compile.condense import Candidate, candidates, packed_nbytes, unsupported
 from fanin_compile.condensed import CondensedWeight
-from fanin_compile.export import MODEL, RESULT
+from fanin_compile.export import MODEL, RESULT, UNSUPPORTED
 from fanin_compile.graph import LAYER, PipelineResult
 from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
-from fanin_compile.records import Layer
+from fanin_compile.records import Layer, Skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def explain(
     if isinstance(model, torch.fx.GraphModule) and isinstance(
         result := model.meta.get(RESULT), PipelineResult
     ):
-        return Report(f"condense({model.meta[MODEL]}, example_inputs=...)", tuple(_graph_layers(result)))
+        notes = _exported_notes(result, model.meta.get(UNSUPPORTED, ()))
+        title = f"condense({model.meta[MODEL]}, example_inputs=...)"
+        return Report(title, tuple(_graph_layers(result)), tuple(notes))
     if any(isinstance(module, CondensedLayer) for module in model.modules()):
         return _explain_condensed(model, inputs, kwargs)
     if inputs or kwargs:
@@ -154,8 +156,7 @@ def _explain_compiled(
             notes.append(f"graph {number} left untouched: {compilation.untouched}")
         else:
             layers += _graph_layers(compilation.result)
-            found = {layer.name for layer in compilation.result.found}
-            notes += [f"{s.layer}: {s}" for s in compilation.result.skipped if s.layer not in found]
+            notes += [_note(skip) for skip in _skipped_beside(compilation.result)]
     if len(compilations) != 1:
         notes.append(f"Dynamo made {len(compilations)} graphs of this model")
     notes += _unseen(model, {layer.name for layer in layers})
@@ -264,7 +265,26 @@ def _explain_plan(model: nn.Module) -> Report:
 
 
 def _unsupported(model: nn.Module) -> Iterator[str]:
-    return (f"{skip.layer or '(the model)'}: {skip}" for skip in unsupported(model))
+    return (_note(skip) for skip in unsupported(model))
+
+
+def _exported_notes(result: PipelineResult, unsupported: Sequence[Skip]) -> Iterator[str]:
+    """What the model had that condense() knows no form of, and what passes said of nodes that are no layer."""
+    known = {skip.layer for skip in unsupported}
+    yield from (_note(skip) for skip in unsupported)
+    for skip in _skipped_beside(result):
+        if skip.layer.removesuffix("weight").removesuffix(".") not in known:  # a pass names it by its weight
+            yield _note(skip)
+
+
+def _skipped_beside(result: PipelineResult) -> Iterator[Skip]:
+    """The refusals that are in no row of the table."""
+    found = {layer.name for layer in result.found}
+    return (skip for skip in result.skipped if skip.layer not in found)
+
+
+def _note(skip: Skip) -> str:
+    return f"{skip.layer or '(the model)'}: {skip}"
 
 
 def _left_rows(model: nn.Module, positions: Mapping[nn.Module, int]) -> Iterator[LayerReport]:

@@ -316,6 +316,10 @@ def test_a_progress_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
     condense(MLP(), progress=True)
     assert "condensing" in capsys.readouterr().out
+    condense(MLP(), example_inputs=(randn(5, 64),))
+    assert "condensing" not in capsys.readouterr().out
+    condense(MLP(), progress=True, example_inputs=(randn(5, 64),))
+    assert "condensing" in capsys.readouterr().out
 
 
 def test_sizes_are_those_of_the_report() -> None:

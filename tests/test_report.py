@@ -148,6 +148,59 @@ def test_of_an_exported_condensed_model() -> None:
     assert "4 constant inputs folded" in str(report)
 
 
+class _Tags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = _pruned(nn.ConvTranspose1d(16, 16, 3))
+        self.a = sparse_linear(20, 64, 3)
+        self.rnn = nn.LSTM(64, 32, batch_first=True)
+        with torch.no_grad():
+            dict(self.rnn.named_parameters())["weight_hh_l0"].mul_(torch.rand(128, 32) < 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.rnn(self.a(self.up(x)))[0]
+        return y
+
+
+def _pruned(layer: nn.Module) -> Any:
+    prune.random_unstructured(layer, "weight", 0.9)
+    prune.remove(layer, "weight")
+    return layer
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_sparse_weights_without_a_condensed_form_are_noted(graph: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Tags().eval(), randn(2, 16, 18)
+    with torch.no_grad():
+        report = explain(condense(model, example_inputs=(x,)) if graph else condense(model))
+    assert [(layer.name, layer.became) for layer in report.layers] == [("a", "gather-matmul")]
+    assert [note.partition(" (")[0] for note in report.notes] == [
+        "up: transposed convolutions stay dense",
+        "rnn.weight_hh_l0: stays as it is, one operator of torch holds all its weights",
+    ]
+    assert "note: up: transposed convolutions stay dense (type ConvTranspose1d, sparsity 9" in str(report)
+
+
+def test_refusals_of_nodes_that_are_no_layer_are_noted() -> None:
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(2, return_indices=True)
+
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = _pruned(nn.Conv2d(4, 16, 3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            values, indices = pool(self.conv(x))
+            return values, indices
+
+    report = explain(condense(Pools().eval(), example_inputs=(randn(2, 4, 9, 9),)))
+    assert [layer.name for layer in report.rewritten] == ["conv"]
+    (note,) = report.notes
+    assert "max pool: its indices are read" in note
+
+
 def test_graph_breaks_and_untouched_graphs_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaks(MLP):
         def forward(self, x: Tensor) -> Tensor:

@@ -81,10 +81,13 @@ def test_layers_of_one_weight_with_different_masks_are_two() -> None:
 
 
 class _Tagger(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, head_first: bool = False) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(200, 64)
+        if not head_first:
+            self.embedding = nn.Embedding(200, 64)
         self.head = sparse_linear(64, 200, 6, bias=False)
+        if head_first:
+            self.embedding = nn.Embedding(200, 64)
         self.embedding.weight = self.head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -92,11 +95,18 @@ class _Tagger(nn.Module):
         return y
 
 
-def test_a_head_tied_to_an_embedding_stays_dense_for_a_reason() -> None:
-    model = _Tagger().eval()
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_head_tied_to_an_embedding_stays_dense_for_a_reason(head_first: bool) -> None:
+    model, tokens = _Tagger(head_first=head_first).eval(), torch.arange(9)
     condensed = any_type(condense(model))
+    exported = condense(model, example_inputs=(tokens,))
     assert condensed.head.weight is condensed.embedding.weight
-    assert _bytes(condensed) == _bytes(model)
+    assert _bytes(condensed) == _bytes(exported) == _bytes(model)
+    assert torch.equal(exported(tokens), model(tokens))
+    (row,) = fanin_compile.explain(exported).layers
+    assert row.reason.startswith(
+        "would not shrink, another module keeps its dense weight (tied to embedding, "
+    )
     for report in (fanin_compile.explain(model), fanin_compile.explain(condensed)):
         (row,) = report.layers
         assert row.reason.startswith(
@@ -110,14 +120,16 @@ def test_a_layer_tied_to_one_that_is_filtered_stays_dense() -> None:
     assert condensed[0].weight is condensed[2].weight
 
 
+@pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_a_mask_beside_a_tied_weight_decides(pruned: bool) -> None:
+def test_a_mask_beside_a_tied_weight_decides(pruned: bool, graph: bool) -> None:
     model, tokens, mask = _Tagger().eval(), torch.arange(9), fan_in_mask(200, 64, 3)
     with torch.no_grad():
         model.head.weight.normal_()
         exact = nn.functional.linear(model.embedding(tokens).double(), (model.head.weight * mask).double())
     if pruned:
         prune.custom_from_mask(model.head, "weight", mask)
-    condensed = any_type(condense(model, masks=None if pruned else {"head": mask}))
-    assert isinstance(condensed.head, CondensedLinear)
+    inputs = (tokens,) if graph else None
+    condensed = any_type(condense(model, masks=None if pruned else {"head": mask}, example_inputs=inputs))
+    assert [row.became for row in fanin_compile.explain(condensed).layers] == ["gather-matmul"]
     assert_close_at_scale(condensed(tokens), exact)

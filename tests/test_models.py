@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
@@ -202,8 +203,9 @@ def test_every_masked_layer_is_condensed_and_outputs_are_equal(name: str, source
     model, x = _case(name, source)
     expected = len(list(maskable(model.model)))
     with torch.no_grad(), record() as compilations:
-        through_backend = compiled(model)(x)
+        through_backend = compiled(model, fullgraph=True)(x)
         _assert_as_exact(model, x, through_backend)
+    assert len(compilations) == 1
     assert _condensed_layers(compilations) == expected
 
 
@@ -323,8 +325,12 @@ def _gated_t5() -> tuple[OneInput, Tensor]:
 
 SIZES = {
     **dict.fromkeys(("bert", "gpt2", "llama", "t5"), ((2, 9), (3, 9), (5, 12), (4, 7), (7, 30))),
+    "roberta": ((2, 9), (3, 9), (5, 12), (4, 7)),
     "vit": ((2, 3, 32, 32), (3, 3, 32, 32), (7, 3, 32, 32), (5, 3, 32, 32)),
+    "deit": ((2, 3, 32, 32), (3, 3, 32, 32), (7, 3, 32, 32)),  # which, as ViT, takes one size of image
+    "whisper-encoder": ((2, 80, 100), (3, 80, 100), (5, 80, 100)),
     "resnet50": ((2, 3, 64, 64), (3, 3, 64, 64), (7, 3, 64, 64), (5, 3, 96, 96), (4, 3, 80, 80)),
+    "convnext": ((2, 3, 64, 64), (3, 3, 64, 64), (4, 3, 96, 64)),
 }
 
 
@@ -335,13 +341,24 @@ def test_changing_sizes_recompile_at_most_twice(name: str, monkeypatch: pytest.M
     model, _ = _case(name)
     if name == "t5":
         model = _SameForDecoder(model)
+    inputs = [randn(*shape) if len(shape) > 2 else torch.randint(3, 99, shape) for shape in SIZES[name]]
     fast = compiled(model)
     with torch.no_grad(), record() as compilations:
-        for shape in SIZES[name]:
-            x = randn(*shape) if len(shape) == 4 else torch.randint(2, 99, shape)
+        for x in inputs:
             _assert_as_exact(model, x, fast(x))
-    assert len(compilations) <= 3
+    assert len(compilations) <= min(3, _graphs_of_dynamo(model, inputs))
     assert all(_condensed_layers([c]) == len(list(maskable(model.model))) for c in compilations)
+
+
+def _graphs_of_dynamo(model: nn.Module, inputs: Sequence[Tensor | tuple[Tensor, ...]]) -> int:
+    """How many graphs Dynamo captures for these inputs, one after the other, with a backend that does nothing."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    plain = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for x in inputs:
+            plain(*x if isinstance(x, tuple) else (x,))
+    return counter.frame_count
 
 
 class _SameForDecoder(OneInput):
@@ -395,6 +412,23 @@ def test_a_whole_transformer() -> None:
         n for n in names if n.split(".")[-1] in ("linear1", "linear2")
     }
     assert {layer.name for layer in fanin_compile.explain(graph).rewritten} >= names
+
+
+def test_changing_sizes_recompile_a_whole_transformer_as_often_as_dynamo_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _without_inductor(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Transformer(32, 4, 1, 1, 64, batch_first=True).eval()
+    names = _mask_all(model)
+    sizes = ((2, 7, 5), (3, 7, 5), (5, 9, 6), (4, 11, 8))
+    inputs = [(randn(batch, source, 32), randn(batch, target, 32, seed=1)) for batch, source, target in sizes]
+    fast = compiled(model)
+    with torch.no_grad(), record() as compilations:
+        for pair in inputs:
+            assert_equals_model(fast(*pair), model, *pair)
+    assert 1 <= len(compilations) <= _graphs_of_dynamo(model, inputs)
+    assert all(_layers_of([c]) == names for c in compilations)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fanin_compile.attention import ATTENTION, PRODUCTS, averaged, sums_to_one
 from fanin_compile.axes import Spread, together
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, overwritten, tensor_meta
-from fanin_compile.moves import AVG_POOLS, DROPOUTS, PADS, is_move, moved
+from fanin_compile.moves import AVG_POOLS, CATS, DROPOUTS, PADS, is_move, moved
 
 aten = torch.ops.aten
 
@@ -30,16 +30,40 @@ POINTWISE = (
     *(aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default, aten.sigmoid.default),
     *(aten.sigmoid_.default, aten.tanh.default, aten.tanh_.default, aten.relu6.default, aten.relu6_.default),
     *(aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default),
-    *(aten.elu.default, aten.elu_.default, aten.mish.default, aten.softplus.default, aten.neg.default),
-    *(aten.exp.default, aten.abs.default, aten.pow.Tensor_Scalar, aten.clamp.default, aten.erf.default),
+    *(aten.elu.default, aten.elu_.default, aten.celu.default, aten.celu_.default, aten.selu.default),
+    *(
+        aten.selu_.default,
+        aten.mish.default,
+        aten.mish_.default,
+        aten.softplus.default,
+        aten.log_sigmoid.default,
+    ),
+    *(aten.hardsigmoid_.default, aten.threshold.default, aten.threshold_.default, aten.hardshrink.default),
+    *(aten.softshrink.default, aten.neg.default, aten.neg_.default, aten.exp.default, aten.exp_.default),
+    *(aten.abs.default, aten.abs_.default, aten.square.default, aten.square_.default, aten.sqrt.default),
+    *(aten.sqrt_.default, aten.rsqrt.default, aten.reciprocal.default, aten.log1p.default, aten.erf.default),
+    *(aten.pow.Tensor_Scalar, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default),
+    *(
+        aten.clamp_min_.default,
+        aten.clamp_max.default,
+        aten.clamp_max_.default,
+        aten.sin.default,
+        aten.cos.default,
+    ),
 )
 BINARY: dict[object, Callable[..., Tensor]] = {
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
+    aten.sub_.Tensor: torch.sub,
+    aten.rsub.Scalar: torch.rsub,
+    aten.rsub.Tensor: torch.rsub,
+    aten.maximum.default: torch.maximum,
+    aten.minimum.default: torch.minimum,
     aten.mul.Tensor: torch.mul,
     aten.mul_.Tensor: torch.mul,
     aten.div.Tensor: torch.div,
+    aten.div_.Tensor: torch.div,
 }
 
 
@@ -68,6 +92,8 @@ def constant_elements(node: fx.Node, known: Known, evaluate: Evaluator) -> Sprea
         found = _binary(node, meta, known, evaluate)
     elif node.target is aten.batch_norm.default:
         found = _batch_norm(node, meta, known, evaluate)
+    elif node.target is aten.instance_norm.default:
+        found = _instance_norm(node, meta, known, evaluate)
     elif node.target in CONVOLUTIONS:
         found = _depthwise(node, meta, known, evaluate)
     elif node.target is ATTENTION or node.target in PRODUCTS:
@@ -107,7 +133,7 @@ def _known_or_not(node: fx.Node, arg: Any, known: Known) -> Spread | None:
     """What is known of an argument; for one of several tensors put end to end nothing may be."""
     spread = known.get(arg)
     meta = tensor_meta(arg)
-    if spread is None and node.target is aten.cat.default and meta is not None:
+    if spread is None and node.target in CATS and meta is not None:
         return Spread.of(torch.tensor(torch.nan, dtype=torch.float64)).broadcast(tuple(meta.shape))
     return spread
 
@@ -170,7 +196,8 @@ def _pointwise(node: fx.Node, known: Known) -> Spread | None:
 
 
 def _binary(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
-    if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+    alpha = dict(zip(("alpha",), node.args[2:], strict=False)) | node.kwargs  # rsub takes it by position
+    if any(isinstance(value, fx.Node) for value in alpha.values()):
         return None
     if not any(arg in known for arg in node.args[:2]):
         return None
@@ -179,7 +206,7 @@ def _binary(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Sp
         return None
     function = BINARY[node.target]
     a, b = (side.data for side in sides)
-    result = function(a, b, **node.kwargs)  # alpha
+    result = function(a, b, **alpha)
     if function is torch.mul:
         result = torch.where((a == 0) | (b == 0), 0.0, result)
     return sides[0].with_data(result)
@@ -216,6 +243,22 @@ def _batch_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -
     shape = tuple(out.shape)
     sides = together([spread, Spread.along(shape, 1, scale), Spread.along(shape, 1, shift)], shape)
     return None if sides is None else sides[0].with_data(sides[0].data * sides[1].data + sides[2].data)
+
+
+def _instance_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
+    """Over each channel of each image: one that is the same throughout is the bias then."""
+    bound = bind_arguments(node)
+    spread, bias = known.get(bound["input"]), bound["bias"]
+    if spread is None or not bound["use_input_stats"] or any(map(spread.varies, range(2, out.ndim))):
+        return None
+    shift = torch.zeros(int(out.shape[1])) if bias is None else evaluate(bias)
+    if shift is None:
+        return None
+    shape = tuple(out.shape)
+    sides = together([spread, Spread.along(shape, 1, shift.double())], shape)
+    if sides is None:
+        return None
+    return sides[0].with_data(torch.where(sides[0].data.isnan(), torch.nan, sides[1].data))
 
 
 def _depthwise(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:

@@ -7,6 +7,7 @@ along which the facts do not differ.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,15 @@ ADAPTIVE_POOLS = tuple(
     getattr(aten, f"adaptive_avg_pool{n}d").default for n in (1, 2, 3)
 )  # max ones return indices as well
 POOLS = (*MAX_POOLS, *AVG_POOLS, *ADAPTIVE_POOLS)
+UPSAMPLES = tuple(
+    getattr(aten, name).vec
+    for name in (
+        *(f"upsample_nearest{n}d" for n in (1, 2, 3)),
+        *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
+        *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"),  # averages of neighbours
+    )
+)
+CATS = (aten.cat.default, aten.stack.default)
 REDUCTIONS = (aten.mean.dim, aten.amax.default, aten.amin.default)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -149,6 +159,9 @@ def _cat(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
     tensors: Any = node.args[0]
     (dim,) = _dims(bind_arguments(node)["dim"], out.ndim)
     spreads = [facts(tensor) for tensor in tensors]
+    if node.target is aten.stack.default:
+        one = [*out.shape[:dim], 1, *out.shape[dim + 1 :]]
+        spreads = [None if spread is None else spread.view(one) for spread in spreads]
     known = [s.merged(dim) for s in spreads if s is not None and s.ndim == out.ndim]
     pieces = [s for s in known if s is not None]
     if len(pieces) < len(spreads):
@@ -197,14 +210,24 @@ def _repeat(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | No
     return Spread(tuple(axes), whole.data.reshape(sizes))
 
 
+def _flip(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
+    source = facts(node.args[0])
+    if source is None:
+        return None
+    axes = [axis for dim in _dims(node.args[1], out.ndim) for axis in source.span(dim)]
+    return source.with_data(source.data.flip(axes))
+
+
 def _pool(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
     source = facts(node.args[0])
     return None if source is None else source.resized(tuple(out.shape), pooled_dims(node, out.ndim))
 
 
 def pooled_dims(node: fx.Node, ndim: int) -> range:
-    """The dimensions, the last ones, over which a pool pools."""
-    return range(ndim - int(str(node.target).split("pool")[1][0]), ndim)
+    """The dimensions, the last ones, over which a pool pools and an upsampling repeats."""
+    dims = re.search(r"(\d)d\b", str(node.target))
+    assert dims is not None
+    return range(ndim - int(dims[1]), ndim)
 
 
 def _pad(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
@@ -240,10 +263,11 @@ _MOVES: dict[object, Callable[[fx.Node, Tensor, Facts, Join], Spread | None]] = 
     aten.unsqueeze.default: _view,
     **dict.fromkeys(PERMUTES, _permute),
     **dict.fromkeys((*CUTS, operator.getitem), _cut),
-    aten.cat.default: _cat,
+    **dict.fromkeys(CATS, _cat),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default), _expand),
     aten.repeat.default: _repeat,
-    **dict.fromkeys(POOLS, _pool),
+    aten.flip.default: _flip,
+    **dict.fromkeys((*POOLS, *UPSAMPLES), _pool),
     **dict.fromkeys(PADS, _pad),
     **dict.fromkeys(REDUCTIONS, _reduce),
 }

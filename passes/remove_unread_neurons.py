@@ -37,13 +37,14 @@ from fanin_compile.graph import (
     tensor_meta,
     use_layer_weight,
 )
+from fanin_compile.labels import NORMS
 from fanin_compile.liveness import Neurons, live_neurons
 from fanin_compile.moves import NARROW, PIECES, SLICE, SQUEEZES, VIEWS, cut_of
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
 SIZED = (*VIEWS, aten.expand.default, aten.unflatten.int)  # with sizes of their output as last argument
-CONSTANTS = (*BINARY, aten.masked_fill.Scalar, aten.batch_norm.default)  # which may have constant operands
+CONSTANTS = (*BINARY, aten.masked_fill.Scalar, *NORMS)  # which may have constant operands
 
 
 def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
@@ -182,7 +183,7 @@ class _Narrowing:
         node.args = (*others, sizes)
 
     def _constants(self, node: fx.Node) -> None:
-        """The constant operands of a binary operator, the constants of a batch norm."""
+        """The constant operands of a binary operator, the constants of a norm."""
         out, shortened, kept = tensor_meta(node), self._shortened(node), self._neurons.kept(node)
         assert out is not None
         assert shortened is not None
@@ -191,10 +192,8 @@ class _Narrowing:
             value = None if arg in self._neurons.labels.spreads else self._evaluate(arg)
             if value is None:
                 continue
-            if node.target is aten.batch_norm.default:
-                narrow = value[shortened[1]]
-            else:
-                narrow = narrowed(value, kept, out.ndim, *shortened)
+            per_channel = node.target in NORMS
+            narrow = value[shortened[1]] if per_channel else narrowed(value, kept, out.ndim, *shortened)
             if narrow is not value:
                 node.replace_input_with(arg, add_constant(self._gm, node, f"{node.name}_{arg.name}", narrow))
 

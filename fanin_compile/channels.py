@@ -10,7 +10,7 @@ finite activations are assumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,51 +20,11 @@ from fanin_compile.attention import ATTENTION, PRODUCTS, averaged, sums_to_one
 from fanin_compile.axes import Spread, together
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, overwritten, tensor_meta
 from fanin_compile.moves import AVG_POOLS, CATS, DROPOUTS, PADS, is_move, moved
+from fanin_compile.pointwise import BINARY, POINTWISE
 
 aten = torch.ops.aten
 
 Known = Mapping[fx.Node, Spread]
-
-POINTWISE = (
-    *(aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default),
-    *(aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default, aten.sigmoid.default),
-    *(aten.sigmoid_.default, aten.tanh.default, aten.tanh_.default, aten.relu6.default, aten.relu6_.default),
-    *(aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default),
-    *(aten.elu.default, aten.elu_.default, aten.celu.default, aten.celu_.default, aten.selu.default),
-    *(
-        aten.selu_.default,
-        aten.mish.default,
-        aten.mish_.default,
-        aten.softplus.default,
-        aten.log_sigmoid.default,
-    ),
-    *(aten.hardsigmoid_.default, aten.threshold.default, aten.threshold_.default, aten.hardshrink.default),
-    *(aten.softshrink.default, aten.neg.default, aten.neg_.default, aten.exp.default, aten.exp_.default),
-    *(aten.abs.default, aten.abs_.default, aten.square.default, aten.square_.default, aten.sqrt.default),
-    *(aten.sqrt_.default, aten.rsqrt.default, aten.reciprocal.default, aten.log1p.default, aten.erf.default),
-    *(aten.pow.Tensor_Scalar, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default),
-    *(
-        aten.clamp_min_.default,
-        aten.clamp_max.default,
-        aten.clamp_max_.default,
-        aten.sin.default,
-        aten.cos.default,
-    ),
-)
-BINARY: dict[object, Callable[..., Tensor]] = {
-    aten.add.Tensor: torch.add,
-    aten.add_.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.sub_.Tensor: torch.sub,
-    aten.rsub.Scalar: torch.rsub,
-    aten.rsub.Tensor: torch.rsub,
-    aten.maximum.default: torch.maximum,
-    aten.minimum.default: torch.minimum,
-    aten.mul.Tensor: torch.mul,
-    aten.mul_.Tensor: torch.mul,
-    aten.div.Tensor: torch.div,
-    aten.div_.Tensor: torch.div,
-}
 
 
 def constants(graph: fx.Graph, evaluate: Evaluator) -> dict[fx.Node, Spread]:
@@ -92,6 +52,8 @@ def constant_elements(node: fx.Node, known: Known, evaluate: Evaluator) -> Sprea
         found = _binary(node, meta, known, evaluate)
     elif node.target is aten.batch_norm.default:
         found = _batch_norm(node, meta, known, evaluate)
+    elif node.target is aten.prelu.default:
+        found = _prelu(node, meta, known, evaluate)
     elif node.target is aten.instance_norm.default:
         found = _instance_norm(node, meta, known, evaluate)
     elif node.target in CONVOLUTIONS:
@@ -222,6 +184,19 @@ def _operand(arg: Any, known: Known, evaluate: Evaluator) -> Spread:
     if value is not None:
         return Spread.of(value.double())
     return Spread.of(torch.tensor(torch.nan, dtype=torch.float64))
+
+
+def _prelu(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
+    spread, slope = known.get(node.args[0]), evaluate(node.args[1])  # type: ignore[arg-type]
+    if spread is None or slope is None:
+        return None
+    shape, slope = tuple(out.shape), slope.double()
+    slopes = Spread.of(slope.reshape(())) if slope.numel() == 1 else Spread.along(shape, 1, slope)
+    sides = together([spread, slopes], shape)
+    if sides is None:
+        return None
+    x, w = (side.data for side in sides)
+    return sides[0].with_data(torch.where(x >= 0, x, w * x))
 
 
 def _batch_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:

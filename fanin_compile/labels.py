@@ -25,12 +25,14 @@ from fanin_compile.attention import (
     sums_to_one,
 )
 from fanin_compile.axes import Spread, together
-from fanin_compile.channels import BINARY, POINTWISE, channel_dim, constants, foldable, per_neuron
+from fanin_compile.channels import channel_dim, constants, foldable, per_neuron
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, tensor_meta
 from fanin_compile.moves import CATS, PERMUTES, PIECES, cut_of, is_move, moved, permuted
 from fanin_compile.neurons import Balance, Labels, LayerLabels, Reads
+from fanin_compile.pointwise import BINARY, POINTWISE
 
 aten = torch.ops.aten
+PRELU = aten.prelu.default  # of each channel by itself, or of each element
 NORMS = (
     aten.batch_norm.default,
     aten.instance_norm.default,
@@ -152,6 +154,11 @@ class _Labeller:
             # an instance norm with statistics writes to them, or takes them in place of the input's
             written = bound["training"] if "training" in bound else bound["running_mean"] is not None
             if written or others or not all(arg is None or self._evaluate.is_constant(arg) for arg in fixed):
+                return ()
+        elif node.target is PRELU:
+            slope = tensor_meta(args[1])
+            others = any(source.varies(dim) for dim in range(ndim) if dim != 1)
+            if slope is None or not self._evaluate.is_constant(args[1]) or (others and slope.numel() > 1):
                 return ()
         elif node.target not in POINTWISE and node.target not in SOFTMAXES:
             return ()

@@ -44,7 +44,7 @@ CATS = (aten.cat.default, aten.stack.default)
 REDUCTIONS = (aten.mean.dim, aten.amax.default, aten.amin.default)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
+PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 SLICE, NARROW, SELECT = aten.slice.Tensor, aten.narrow.default, aten.select.int
 CUTS = (SLICE, NARROW, SELECT)
@@ -90,7 +90,7 @@ def permuted(node: fx.Node, ndim: int) -> list[int]:
     order = list(range(ndim))
     if node.target is aten.t.default:
         return order[::-1]
-    a, b = _dims(args[1:3], ndim)
+    a, b = _dims((-2, -1) if node.target is aten.mT.default else args[1:3], ndim)
     order[a], order[b] = order[b], order[a]
     return order
 
@@ -218,6 +218,14 @@ def _flip(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None
     return source.with_data(source.data.flip(axes))
 
 
+def _roll(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
+    """Along dimensions in which facts do not differ."""
+    source, dims = facts(node.args[0]), bind_arguments(node)["dims"]
+    if source is None or not dims or any(map(source.varies, _dims(dims, out.ndim))):
+        return None
+    return source
+
+
 def _pool(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
     source = facts(node.args[0])
     return None if source is None else source.resized(tuple(out.shape), pooled_dims(node, out.ndim))
@@ -267,6 +275,7 @@ _MOVES: dict[object, Callable[[fx.Node, Tensor, Facts, Join], Spread | None]] = 
     **dict.fromkeys((aten.expand.default, aten.expand_as.default), _expand),
     aten.repeat.default: _repeat,
     aten.flip.default: _flip,
+    aten.roll.default: _roll,
     **dict.fromkeys((*POOLS, *UPSAMPLES), _pool),
     **dict.fromkeys(PADS, _pad),
     **dict.fromkeys(REDUCTIONS, _reduce),

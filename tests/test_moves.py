@@ -40,6 +40,8 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "stack": lambda h: torch.stack([h, h.clone()], 2),
     "stack of others": lambda h: torch.stack([h[:, :, 0], h[:, :, 3]], -1),
     "flip": lambda h: h.flip(1, -1),
+    "mT": lambda h: h.mT,
+    "roll": lambda h: h.roll((1, 2), (0, -1)),
     "flip of merged ones": lambda h: h.flatten(1, 2).flip(1),
     "nearest upsampling": lambda h: F.interpolate(h, scale_factor=2),
     "exact upsampling": lambda h: F.interpolate(h, size=(9, 7), mode="nearest-exact"),

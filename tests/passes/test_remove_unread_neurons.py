@@ -190,6 +190,10 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "soft shrink": F.softshrink,
     "hard shrink": F.hardshrink,
     "reciprocal": lambda h: (h.square() + 1).reciprocal(),
+    "prelu": lambda h: F.prelu(h, AFFINE[0].to(h)),
+    "prelu of one": lambda h: F.prelu(h, AFFINE[0][:1].to(h)),
+    "roll": lambda h: h.roll(2, -1),
+    "mT": lambda h: h.mT.exp().mT,
     "rsub": lambda h: 1.5 - h,
     "rsub with alpha": lambda h: torch.rsub(h, 2.0, alpha=3),
     "sub_": lambda h: h.sub_(0.3, alpha=2),
@@ -202,7 +206,7 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest upsampling": lambda h: F.interpolate(h, scale_factor=2),
     "bilinear upsampling": lambda h: F.interpolate(h, size=(13, 15), mode="bilinear"),
     "instance norm": F.instance_norm,
-    "instance norm with weights": lambda h: F.instance_norm(h, None, None, *(t.to(h) for t in AFFINE)),
+    "instance norm with weights": lambda h: F.instance_norm(h, weight=AFFINE[0].to(h), bias=AFFINE[1].to(h)),
 }
 
 

@@ -233,7 +233,7 @@ def _pool(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None
 
 def pooled_dims(node: fx.Node, ndim: int) -> range:
     """The dimensions, the last ones, over which a pool pools and an upsampling repeats."""
-    dims = re.search(r"(\d)d\b", str(node.target))
+    dims = re.search(r"(\d)d[._]", str(node.target))
     assert dims is not None
     return range(ndim - int(dims[1]), ndim)
 

@@ -10,7 +10,7 @@ finite activations are assumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,28 +19,12 @@ from torch import Tensor, fx
 from fanin_compile.attention import ATTENTION, PRODUCTS, averaged, sums_to_one
 from fanin_compile.axes import Spread, together
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, overwritten, tensor_meta
-from fanin_compile.moves import AVG_POOLS, DROPOUTS, PADS, is_move, moved
+from fanin_compile.moves import AVG_POOLS, CATS, DROPOUTS, PADS, is_move, moved
+from fanin_compile.pointwise import BINARY, POINTWISE
 
 aten = torch.ops.aten
 
 Known = Mapping[fx.Node, Spread]
-
-POINTWISE = (
-    *(aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default),
-    *(aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default, aten.sigmoid.default),
-    *(aten.sigmoid_.default, aten.tanh.default, aten.tanh_.default, aten.relu6.default, aten.relu6_.default),
-    *(aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default),
-    *(aten.elu.default, aten.elu_.default, aten.mish.default, aten.softplus.default, aten.neg.default),
-    *(aten.exp.default, aten.abs.default, aten.pow.Tensor_Scalar, aten.clamp.default, aten.erf.default),
-)
-BINARY: dict[object, Callable[..., Tensor]] = {
-    aten.add.Tensor: torch.add,
-    aten.add_.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.mul.Tensor: torch.mul,
-    aten.mul_.Tensor: torch.mul,
-    aten.div.Tensor: torch.div,
-}
 
 
 def constants(graph: fx.Graph, evaluate: Evaluator) -> dict[fx.Node, Spread]:
@@ -68,6 +52,10 @@ def constant_elements(node: fx.Node, known: Known, evaluate: Evaluator) -> Sprea
         found = _binary(node, meta, known, evaluate)
     elif node.target is aten.batch_norm.default:
         found = _batch_norm(node, meta, known, evaluate)
+    elif node.target is aten.prelu.default:
+        found = _prelu(node, meta, known, evaluate)
+    elif node.target is aten.instance_norm.default:
+        found = _instance_norm(node, meta, known, evaluate)
     elif node.target in CONVOLUTIONS:
         found = _depthwise(node, meta, known, evaluate)
     elif node.target is ATTENTION or node.target in PRODUCTS:
@@ -107,7 +95,7 @@ def _known_or_not(node: fx.Node, arg: Any, known: Known) -> Spread | None:
     """What is known of an argument; for one of several tensors put end to end nothing may be."""
     spread = known.get(arg)
     meta = tensor_meta(arg)
-    if spread is None and node.target is aten.cat.default and meta is not None:
+    if spread is None and node.target in CATS and meta is not None:
         return Spread.of(torch.tensor(torch.nan, dtype=torch.float64)).broadcast(tuple(meta.shape))
     return spread
 
@@ -170,7 +158,8 @@ def _pointwise(node: fx.Node, known: Known) -> Spread | None:
 
 
 def _binary(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
-    if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+    alpha = dict(zip(("alpha",), node.args[2:], strict=False)) | node.kwargs  # rsub takes it by position
+    if any(isinstance(value, fx.Node) for value in alpha.values()):
         return None
     if not any(arg in known for arg in node.args[:2]):
         return None
@@ -179,7 +168,7 @@ def _binary(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Sp
         return None
     function = BINARY[node.target]
     a, b = (side.data for side in sides)
-    result = function(a, b, **node.kwargs)  # alpha
+    result = function(a, b, **alpha)
     if function is torch.mul:
         result = torch.where((a == 0) | (b == 0), 0.0, result)
     return sides[0].with_data(result)
@@ -195,6 +184,19 @@ def _operand(arg: Any, known: Known, evaluate: Evaluator) -> Spread:
     if value is not None:
         return Spread.of(value.double())
     return Spread.of(torch.tensor(torch.nan, dtype=torch.float64))
+
+
+def _prelu(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
+    spread, slope = known.get(node.args[0]), evaluate(node.args[1])  # type: ignore[arg-type]
+    if spread is None or slope is None:
+        return None
+    shape, slope = tuple(out.shape), slope.double()
+    slopes = Spread.of(slope.reshape(())) if slope.numel() == 1 else Spread.along(shape, 1, slope)
+    sides = together([spread, slopes], shape)
+    if sides is None:
+        return None
+    x, w = (side.data for side in sides)
+    return sides[0].with_data(torch.where(x >= 0, x, w * x))
 
 
 def _batch_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
@@ -216,6 +218,22 @@ def _batch_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -
     shape = tuple(out.shape)
     sides = together([spread, Spread.along(shape, 1, scale), Spread.along(shape, 1, shift)], shape)
     return None if sides is None else sides[0].with_data(sides[0].data * sides[1].data + sides[2].data)
+
+
+def _instance_norm(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:
+    """Over each channel of each image: one that is the same throughout is the bias then."""
+    bound = bind_arguments(node)
+    spread, bias = known.get(bound["input"]), bound["bias"]
+    if spread is None or not bound["use_input_stats"] or any(map(spread.varies, range(2, out.ndim))):
+        return None
+    shift = torch.zeros(int(out.shape[1])) if bias is None else evaluate(bias)
+    if shift is None:
+        return None
+    shape = tuple(out.shape)
+    sides = together([spread, Spread.along(shape, 1, shift.double())], shape)
+    if sides is None:
+        return None
+    return sides[0].with_data(torch.where(sides[0].data.isnan(), torch.nan, sides[1].data))
 
 
 def _depthwise(node: fx.Node, out: Tensor, known: Known, evaluate: Evaluator) -> Spread | None:

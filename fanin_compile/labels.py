@@ -25,13 +25,18 @@ from fanin_compile.attention import (
     sums_to_one,
 )
 from fanin_compile.axes import Spread, together
-from fanin_compile.channels import BINARY, POINTWISE, channel_dim, constants, foldable, per_neuron
+from fanin_compile.channels import channel_dim, constants, foldable, per_neuron
 from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, tensor_meta
-from fanin_compile.moves import PERMUTES, PIECES, cut_of, is_move, moved, permuted
+from fanin_compile.moves import CATS, PERMUTES, PIECES, cut_of, is_move, moved, permuted
 from fanin_compile.neurons import Balance, Labels, LayerLabels, Reads
+from fanin_compile.pointwise import BINARY, POINTWISE
 
 aten = torch.ops.aten
-NORM = aten.batch_norm.default
+PRELU = aten.prelu.default  # of each channel by itself, or of each element
+NORMS = (
+    aten.batch_norm.default,
+    aten.instance_norm.default,
+)  # of each channel by itself, the second dimension
 
 
 def label_neurons(graph: fx.Graph, evaluate: Evaluator) -> Labels:
@@ -142,15 +147,18 @@ class _Labeller:
         ndim = source.ndim
         if node.target in SOFTMAXES and source.varies(args[1] % ndim):
             return ()
-        if node.target is NORM:
+        if node.target in NORMS:
             bound = bind_arguments(node)
             others = any(source.varies(dim) for dim in range(ndim) if dim != 1)
             fixed = [bound[name] for name in ("running_mean", "running_var", "weight", "bias")]
-            if (
-                bound["training"]
-                or others
-                or not all(arg is None or self._evaluate.is_constant(arg) for arg in fixed)
-            ):
+            # an instance norm with statistics writes to them, or takes them in place of the input's
+            written = bound["training"] if "training" in bound else bound["running_mean"] is not None
+            if written or others or not all(arg is None or self._evaluate.is_constant(arg) for arg in fixed):
+                return ()
+        elif node.target is PRELU:
+            slope = tensor_meta(args[1])
+            others = any(source.varies(dim) for dim in range(ndim) if dim != 1)
+            if slope is None or not self._evaluate.is_constant(args[1]) or (others and slope.numel() > 1):
                 return ()
         elif node.target not in POINTWISE and node.target not in SOFTMAXES:
             return ()
@@ -160,7 +168,7 @@ class _Labeller:
     def _move(self, node: fx.Node) -> tuple[Any, ...]:
         cut = cut_of(node)
         origin: Any = node.args[0] if cut is None else cut.source
-        if node.target is not aten.cat.default and origin not in self._spreads:
+        if node.target not in CATS and origin not in self._spreads:
             return ()
         spread = moved(node, lambda arg: self._given(node, arg), self._tie)
         if spread is None or not self._keeps_order(node, origin):
@@ -174,7 +182,7 @@ class _Labeller:
         """The labels of an argument; of one of several tensors put end to end that has none, a pinned one."""
         found = self._spreads.get(arg)
         meta = tensor_meta(arg)
-        if found is not None or node.target is not aten.cat.default or meta is None:
+        if found is not None or node.target not in CATS or meta is None:
             return found
         if not any(tensor in self._spreads for tensor in node.all_input_nodes):
             return None

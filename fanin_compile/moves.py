@@ -7,6 +7,7 @@ along which the facts do not differ.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,19 @@ ADAPTIVE_POOLS = tuple(
     getattr(aten, f"adaptive_avg_pool{n}d").default for n in (1, 2, 3)
 )  # max ones return indices as well
 POOLS = (*MAX_POOLS, *AVG_POOLS, *ADAPTIVE_POOLS)
+UPSAMPLES = tuple(
+    getattr(aten, name).vec
+    for name in (
+        *(f"upsample_nearest{n}d" for n in (1, 2, 3)),
+        *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
+        *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"),  # averages of neighbours
+    )
+)
+CATS = (aten.cat.default, aten.stack.default)
 REDUCTIONS = (aten.mean.dim, aten.amax.default, aten.amin.default)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
+PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 SLICE, NARROW, SELECT = aten.slice.Tensor, aten.narrow.default, aten.select.int
 CUTS = (SLICE, NARROW, SELECT)
@@ -80,7 +90,7 @@ def permuted(node: fx.Node, ndim: int) -> list[int]:
     order = list(range(ndim))
     if node.target is aten.t.default:
         return order[::-1]
-    a, b = _dims(args[1:3], ndim)
+    a, b = _dims((-2, -1) if node.target is aten.mT.default else args[1:3], ndim)
     order[a], order[b] = order[b], order[a]
     return order
 
@@ -149,6 +159,9 @@ def _cat(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
     tensors: Any = node.args[0]
     (dim,) = _dims(bind_arguments(node)["dim"], out.ndim)
     spreads = [facts(tensor) for tensor in tensors]
+    if node.target is aten.stack.default:
+        one = [*out.shape[:dim], 1, *out.shape[dim + 1 :]]
+        spreads = [None if spread is None else spread.view(one) for spread in spreads]
     known = [s.merged(dim) for s in spreads if s is not None and s.ndim == out.ndim]
     pieces = [s for s in known if s is not None]
     if len(pieces) < len(spreads):
@@ -197,14 +210,32 @@ def _repeat(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | No
     return Spread(tuple(axes), whole.data.reshape(sizes))
 
 
+def _flip(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
+    source = facts(node.args[0])
+    if source is None:
+        return None
+    axes = [axis for dim in _dims(node.args[1], out.ndim) for axis in source.span(dim)]
+    return source.with_data(source.data.flip(axes))
+
+
+def _roll(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
+    """Along dimensions in which facts do not differ."""
+    source, dims = facts(node.args[0]), bind_arguments(node)["dims"]
+    if source is None or not dims or any(map(source.varies, _dims(dims, out.ndim))):
+        return None
+    return source
+
+
 def _pool(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
     source = facts(node.args[0])
     return None if source is None else source.resized(tuple(out.shape), pooled_dims(node, out.ndim))
 
 
 def pooled_dims(node: fx.Node, ndim: int) -> range:
-    """The dimensions, the last ones, over which a pool pools."""
-    return range(ndim - int(str(node.target).split("pool")[1][0]), ndim)
+    """The dimensions, the last ones, over which a pool pools and an upsampling repeats."""
+    dims = re.search(r"(\d)d[._]", str(node.target))
+    assert dims is not None
+    return range(ndim - int(dims[1]), ndim)
 
 
 def _pad(node: fx.Node, out: Tensor, facts: Facts, join: Join) -> Spread | None:
@@ -240,10 +271,12 @@ _MOVES: dict[object, Callable[[fx.Node, Tensor, Facts, Join], Spread | None]] = 
     aten.unsqueeze.default: _view,
     **dict.fromkeys(PERMUTES, _permute),
     **dict.fromkeys((*CUTS, operator.getitem), _cut),
-    aten.cat.default: _cat,
+    **dict.fromkeys(CATS, _cat),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default), _expand),
     aten.repeat.default: _repeat,
-    **dict.fromkeys(POOLS, _pool),
+    aten.flip.default: _flip,
+    aten.roll.default: _roll,
+    **dict.fromkeys((*POOLS, *UPSAMPLES), _pool),
     **dict.fromkeys(PADS, _pad),
     **dict.fromkeys(REDUCTIONS, _reduce),
 }

@@ -1,11 +1,11 @@
-"""Which ATen operators are an activation the kernels know, and which hand their input on as it is."""
+"""Which ATen operators treat each element by itself, which of them the kernels know, and which change nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fanin_compile.graph import bind_arguments, tensor_meta
 
@@ -41,6 +41,37 @@ _ACTIVATIONS: dict[object, Callable[[fx.Node], str | None]] = {
     aten.sigmoid_.default: lambda _: "sigmoid",
     aten.tanh.default: lambda _: "tanh",
     aten.tanh_.default: lambda _: "tanh",
+}
+# of one tensor, element by element; the rest of their arguments are numbers
+POINTWISE = (
+    *(aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default),
+    *(aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default, aten.sigmoid.default),
+    *(aten.sigmoid_.default, aten.tanh.default, aten.tanh_.default, aten.relu6.default, aten.relu6_.default),
+    *(aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default),
+    *(aten.elu.default, aten.elu_.default, aten.celu.default, aten.celu_.default, aten.selu.default),
+    *(aten.selu_.default, aten.mish.default, aten.mish_.default, aten.softplus.default, aten.erf.default),
+    *(aten.hardsigmoid_.default, aten.threshold.default, aten.threshold_.default, aten.hardshrink.default),
+    *(aten.softshrink.default, aten.neg.default, aten.neg_.default, aten.exp.default, aten.exp_.default),
+    *(aten.abs.default, aten.abs_.default, aten.square.default, aten.square_.default, aten.sqrt.default),
+    *(aten.sqrt_.default, aten.rsqrt.default, aten.reciprocal.default, aten.log1p.default, aten.sin.default),
+    *(aten.pow.Tensor_Scalar, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default),
+    *(aten.clamp_min_.default, aten.clamp_max.default, aten.clamp_max_.default, aten.log_sigmoid.default),
+    aten.cos.default,
+)
+# of two
+BINARY: dict[object, Callable[..., Tensor]] = {
+    aten.add.Tensor: torch.add,
+    aten.add_.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.sub_.Tensor: torch.sub,
+    aten.rsub.Scalar: torch.rsub,
+    aten.rsub.Tensor: torch.rsub,
+    aten.maximum.default: torch.maximum,
+    aten.minimum.default: torch.minimum,
+    aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.div_.Tensor: torch.div,
 }
 _DROPOUTS = (
     *(aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default),

@@ -22,6 +22,7 @@ from fanin_compile.passes.lower_max_pool import lower_max_pool
 from fanin_compile.passes.recognise_activations import recognise_activations
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.reuse_residuals import reuse_residuals
+from fanin_compile.passes.spell_out_glu import spell_out_glu
 from fanin_compile.passes.split_batch import split_batch
 from fanin_compile.passes.unflatten_linears import unflatten_linears
 from fanin_compile.passes.write_as_linears import write_as_linears
@@ -32,6 +33,7 @@ PIPELINE: tuple[Pass, ...] = (
     drop_identities,  # they would stand between layers and what the rest looks for
     unflatten_linears,  # before anything that follows activations: flattening views would end the trail
     recognise_activations,  # before anything that looks for activations by name
+    spell_out_glu,  # likewise: neurons are followed through products
     fold_batch_norm,  # before constants are followed: one layer less on their way
     fold_scale,  # after batch norms, behind which factors stand; before epilogues, whose residual they hide
     fold_constant_channels,  # on masked layers: it empties columns, which later need not be condensed

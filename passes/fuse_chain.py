@@ -25,7 +25,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile import ops_chain  # noqa: F401  (it defines the operator called below)
-from fanin_compile.channels import POINTWISE
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -42,7 +41,7 @@ from fanin_compile.graph import (
     writes,
 )
 from fanin_compile.packed import Packed, unpack
-from fanin_compile.pointwise import CASTS, activation_name, keeps_values
+from fanin_compile.pointwise import CASTS, POINTWISE, activation_name, keeps_values
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile.attention import ATTENTION
 from fanin_compile.axes import Spread
-from fanin_compile.channels import BINARY, with_constants
+from fanin_compile.channels import with_constants
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
@@ -38,13 +38,15 @@ from fanin_compile.graph import (
     tensor_meta,
     use_layer_weight,
 )
+from fanin_compile.labels import NORMS, PRELU
 from fanin_compile.liveness import Neurons, live_neurons
 from fanin_compile.moves import NARROW, PIECES, SLICE, SQUEEZES, VIEWS, cut_of
+from fanin_compile.pointwise import BINARY
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
 SIZED = (*VIEWS, aten.expand.default, aten.unflatten.int)  # with sizes of their output as last argument
-CONSTANTS = (*BINARY, aten.masked_fill.Scalar, aten.batch_norm.default)  # which may have constant operands
+CONSTANTS = (*BINARY, aten.masked_fill.Scalar, *NORMS, PRELU)  # which may have constant operands
 
 
 def remove_unread_neurons(gm: fx.GraphModule, ctx: Context) -> PassResult:
@@ -183,7 +185,7 @@ class _Narrowing:
         node.args = (*others, sizes)
 
     def _constants(self, node: fx.Node) -> None:
-        """The constant operands of a binary operator, the constants of a batch norm."""
+        """The constant operands of a binary operator, the constants of a norm."""
         out, shortened, kept = tensor_meta(node), self._shortened(node), self._neurons.kept(node)
         assert out is not None
         assert shortened is not None
@@ -192,10 +194,10 @@ class _Narrowing:
             value = None if arg in self._neurons.labels.spreads else self._evaluate(arg)
             if value is None:
                 continue
-            if node.target is aten.batch_norm.default:
-                narrow = value[shortened[1]]
-            else:
-                narrow = narrowed(value, kept, out.ndim, *shortened)
+            if node.target is PRELU and value.numel() == 1:
+                continue
+            per_channel = node.target in (*NORMS, PRELU)
+            narrow = value[shortened[1]] if per_channel else narrowed(value, kept, out.ndim, *shortened)
             if narrow is not value:
                 node.replace_input_with(arg, add_constant(self._gm, node, f"{node.name}_{arg.name}", narrow))
 

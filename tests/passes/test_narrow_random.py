@@ -63,6 +63,11 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "layer norm": lambda h, _: F.layer_norm(h, h.shape[-1:]),
     "rolled": lambda h, _: h.roll(1, -1),
     "reversed": lambda h, _: h.flip(-1),
+    "stacked": lambda h, other: torch.stack([h, other if other.shape == h.shape else h], -1).flatten(2),
+    "stacked first": lambda h, other: torch.stack([h, other if other.shape == h.shape else h]).amax(0),
+    "from one": lambda h, _: (1 - h).square(),
+    "least": lambda h, other: torch.minimum(h, other) if h.shape == other.shape else h,
+    "spelt in place": lambda h, _: h.clone().sub_(0.5).div_(2.0).clamp_min_(-0.1),
 }
 
 

@@ -15,7 +15,16 @@ from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
-from tests.compile_support import assert_equals_dense, compiled, fan_in_mask, randn, recorded, sparse_linear
+from tests.compile_support import (
+    any_type,
+    assert_equals_dense,
+    assert_equals_model,
+    compiled,
+    fan_in_mask,
+    randn,
+    recorded,
+    sparse_linear,
+)
 from tests.passes.support import calls, context, graph_of, run
 
 aten = torch.ops.aten
@@ -165,6 +174,72 @@ def test_pools_between_convolution_and_classifier(pool: nn.Module) -> None:
     gm = graph_of(model, x)
     run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
     assert _shapes(gm) == [(16, 112)]
+
+
+AFFINE = randn(32), randn(32, seed=1)
+FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "selu": F.selu,
+    "celu": F.celu,
+    "celu in place": lambda h: F.celu(h, inplace=True),
+    "threshold": lambda h: F.threshold(h, 0.1, 0.2),
+    "clamp_min": lambda h: h.clamp_min(0.0),
+    "clamp_max in place": lambda h: h.clamp_max_(0.5),
+    "square": torch.square,
+    "sqrt": lambda h: h.abs().sqrt(),
+    "log sigmoid": F.logsigmoid,
+    "soft shrink": F.softshrink,
+    "hard shrink": F.hardshrink,
+    "reciprocal": lambda h: (h.square() + 1).reciprocal(),
+    "prelu": lambda h: F.prelu(h, AFFINE[0].to(h)),
+    "prelu of one": lambda h: F.prelu(h, AFFINE[0][:1].to(h)),
+    "roll": lambda h: h.roll(2, -1),
+    "mT": lambda h: h.mT.exp().mT,
+    "rsub": lambda h: 1.5 - h,
+    "rsub with alpha": lambda h: torch.rsub(h, 2.0, alpha=3),
+    "sub_": lambda h: h.sub_(0.3, alpha=2),
+    "div_": lambda h: h.div_(0.7),
+    "maximum": lambda h: torch.maximum(h, h.neg()),
+    "minimum": lambda h: torch.minimum(h, h.square()),
+    "flip": lambda h: h.flip(-1, 1).flip(1),
+    "flip of channels": lambda h: h.flip(1),
+    "stack": lambda h: torch.stack([h, h.clone()], 2).amax(2),
+    "nearest upsampling": lambda h: F.interpolate(h, scale_factor=2),
+    "bilinear upsampling": lambda h: F.interpolate(h, size=(13, 15), mode="bilinear"),
+    "instance norm": F.instance_norm,
+    "instance norm with weights": lambda h: F.instance_norm(h, weight=AFFINE[0].to(h), bias=AFFINE[1].to(h)),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_neurons_are_followed_through(name: str) -> None:
+    x = randn(2, 8, 9, 9)
+    model = _Classifier(2, FLATTENS["flatten"])
+    model.pool = any_type(_Then(FOLLOWED[name]))
+    gm = graph_of(model, x)
+    result = run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,))
+    assert [(r.layer, r.detail) for r in result.rewritten] == [("conv", "32 -> 28 neurons")]
+    assert_equals_model(gm(x), model, x)
+
+
+class _Then(nn.Module):
+    """The function, then a pool; before them neurons get values other than 0."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.pool = function, nn.AdaptiveAvgPool2d(2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = self.pool(self.function(h - 0.25))
+        return y
+
+
+def test_an_instance_norm_with_statistics_is_left() -> None:
+    x = randn(2, 8, 9, 9)
+    model = _Classifier(2, FLATTENS["flatten"])
+    norm = nn.InstanceNorm2d(32, track_running_stats=True)
+    model.pool = any_type(nn.Sequential(norm, nn.AdaptiveAvgPool2d(2)))
+    gm = graph_of(model, x)
+    assert not run(gm, fold_constant_channels, remove_unread_neurons, inputs=(x,)).rewritten
 
 
 class _Reshaped(nn.Module):

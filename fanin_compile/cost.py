@@ -8,9 +8,9 @@ A layer of `nnz` active weights out of out x in, on `batch` positions, is estima
 with rates in multiply-adds per nanosecond. Those of linears are measured on one layer at a few batch sizes and
 interpolated in log(batch); those of convolutions on a pointwise and a 3x3 layer of ResNet-50, and on a grouped one as
 ResNeXt has them. Both sides are rates of useful work, so padding, packing and dispatch are in them. There are two sets
-of them: of one linear called over and over, and, for graphs whose dense weights exceed the last-level cache, of several
-in turn, as there each call finds its weights in memory, which a few batch rows do not make up for: dense reads ten times
-the bytes at 90 %.
+of them: of one linear called over and over, and, for graphs whose dense weights exceed the last-level cache, of
+several in turn, as there each call finds its weights in memory, which a few rows do not make up for: dense reads ten
+times the bytes at 90 %.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def _like(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _exchange(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
-    stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-    store = next(store for store in stores if name in store)
+    stores = (module._parameters, module._buffers, vars(module))
+    store: Any = next(store for store in stores if name in store)
     undo.callback(store.__setitem__, name, store[name])
     store[name] = new
 

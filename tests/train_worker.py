@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -195,8 +196,18 @@ def mixed(directory: Path) -> None:
     sparse.load_state_dict(states[0])
 
 
+def sharded_too_late() -> None:
+    """fully_shard after SRigL puts other Parameters in the place of the hooked ones."""
+    model = mlp(*WIDTHS, dtype=F64)
+    sparse = SRigL(model, optimizer_for(model), **options())
+    fully_shard(model)
+    with pytest.raises(FaninError, match="start sparse training after fully_shard"):
+        sparse.step()
+
+
 def compare(directory: Path) -> None:
     mixed(directory)
+    sharded_too_late()
     jobs: dict[str, Callable[[], dict[str, Tensor]]] = {
         "ddp": lambda: ddp(wrap_first=True),
         "sparse-first": lambda: ddp(wrap_first=False),

@@ -9,6 +9,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,7 +61,7 @@ def inductor_frozen(model: nn.Module, x: Tensor) -> Run:
     return lambda: compiled(x)
 
 
-def frozen(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def frozen(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """Compiled with its weights packed by freezing, for the memory format of x: oneDNN's convolutions at their best."""
     from torch._inductor import config
 

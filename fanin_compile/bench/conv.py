@@ -50,6 +50,7 @@ class ConvCase:
         return 2.0 if batch == 1 and self.size // self.stride <= 7 else 3.0
 
 
+LAYERS = 4  # of one shape, with weights of their own, in a call
 GEOMETRIC_MEAN = 5.0  # least ratio aimed at over all layers of a batch size and thread count
 FMA_SHARE = 50.0  # per cent of the peak in useful multiply-adds that every 3x3 layer aims at
 
@@ -71,11 +72,11 @@ RESNET50 = (
 
 @dataclass(frozen=True)
 class ConvRow:
-    """One case: median microseconds a call.
+    """One case: median microseconds a layer, of LAYERS in a call, so that what a compiled call costs hardly counts.
 
     Attributes:
         dense: the form of dense that left ours the least: a memory format, eager or compiled with frozen weights.
-        ours_us: called as that form is: eager, or compiled, as a compiled call has a cost of its own; x contiguous.
+        ours_us: called as that form is, eager or compiled; x contiguous.
         ours_channels_last_us: eager, of the same layer on a channels_last x.
         macs_per_ns: useful multiply-adds, over all threads.
         kernel: its size in one dimension.
@@ -116,37 +117,55 @@ def bench_conv(
                     yield _row(case, batch, count, sparsity, seconds)
 
 
+class _Dense(nn.Module):
+    """Several layers of one shape side by side: one call of a compiled graph runs them all."""
+
+    def __init__(self, case: ConvCase, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.case = case
+        self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [F.conv2d(x, weight, None, self.case.stride, self.case.kernel // 2) for weight in self.weights]
+
+
 def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float) -> ConvRow:
     generator = torch.Generator().manual_seed(0)
     shape = (case.out_channels, case.fan_in_channels, case.kernel, case.kernel)
     mask = constant_fan_in_mask(shape[0], math.prod(shape[1:]), sparsity, generator).view(shape)
-    weight = torch.randn(shape, generator=generator) * mask
-    condensed, padding = CondensedWeight.from_dense(weight, mask), case.kernel // 2
+    weights = [torch.randn(shape, generator=generator) * mask for _ in range(LAYERS)]
+    condensed = CondensedWeight.from_dense(weights[0], mask)
     torch._dynamo.reset()
     x = torch.randn(batch, case.fan_in_channels, case.size, case.size, generator=generator)
-    x_last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    x_last = x.contiguous(memory_format=torch.channels_last)
 
-    stride, pads, ones = [case.stride] * 2, [padding] * 2, [1, 1]
-    packed = pack_conv(condensed, stride=stride, padding=pads, dilation=ones, groups=1)
+    stride, pads, ones = [case.stride] * 2, [case.kernel // 2] * 2, [1, 1]
+    packed = [
+        pack_conv(CondensedWeight.from_dense(w, mask), stride=stride, padding=pads, dilation=ones, groups=1)
+        for w in weights
+    ]
 
-    def ours(x: Tensor) -> Tensor:
-        return gather_conv(x, packed.values, packed.structure, None, shape, stride, pads, ones, 1)
+    def ours(x: Tensor) -> list[Tensor]:
+        return [gather_conv(x, p.values, p.structure, None, shape, stride, pads, ones, 1) for p in packed]
 
     compiled = torch.compile(ours, dynamic=False)
-    dense = nn.Conv2d(shape[1], shape[0], case.kernel, case.stride, padding, bias=False)
-    dense.requires_grad_(False).weight.copy_(weight)
-    runs: dict[str, Callable[[], Tensor]] = {
+    dense, dense_last = (
+        _Dense(case, [w.contiguous(memory_format=format) for w in weights])
+        for format in (torch.contiguous_format, torch.channels_last)
+    )
+    runs: dict[str, Callable[[], list[Tensor]]] = {
         "ours": lambda: ours(x),
         "ours frozen": lambda: compiled(x),
         "ours channels_last": lambda: ours(x_last),
-        "contiguous": lambda: F.conv2d(x, weight, None, case.stride, padding),
-        "channels_last": lambda: F.conv2d(x_last, weight_last, None, case.stride, padding),
+        "contiguous": lambda: dense(x),
+        "channels_last": lambda: dense_last(x_last),
         "contiguous frozen": frozen(dense, x),
         "channels_last frozen": frozen(dense, x_last),
     }
-    exact = F.conv2d(x[:1].double(), weight.double(), None, case.stride, padding)
+    exact = [F.conv2d(x[:1].double(), w.double(), None, case.stride, case.kernel // 2) for w in weights]
     for name, run in runs.items():
-        expect_agreement(f"{case.name}: {name}", run()[:1], exact)
+        for y, expected in zip(run(), exact, strict=True):
+            expect_agreement(f"{case.name}: {name}", y[:1], expected)
     times = dict(zip(runs, interleaved(list(runs.values()), seconds), strict=True))
     mine = {name: "ours frozen" if name.endswith("frozen") else "ours" for name in list(runs)[3:]}
     best = min(mine, key=lambda name: times[name].median / times[mine[name]].median)
@@ -154,11 +173,11 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
         name=case.name,
         batch=batch,
         threads=count,
-        dense_us=times[best].us,
+        dense_us=times[best].us / LAYERS,
         dense=best,
-        ours_us=times[mine[best]].us,
-        ours_channels_last_us=times["ours channels_last"].us,
-        macs_per_ns=batch * condensed.nnz * case.pixels / times["ours"].median,
+        ours_us=times[mine[best]].us / LAYERS,
+        ours_channels_last_us=times["ours channels_last"].us / LAYERS,
+        macs_per_ns=LAYERS * batch * condensed.nnz * case.pixels / times["ours"].median,
         target=case.target(batch),
         kernel=case.kernel,
     )

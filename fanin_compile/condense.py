@@ -181,7 +181,8 @@ def _holders(model: nn.Module) -> _Holders:
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append((name, module))
+            if parameter is not None:  # as biases that a module does without
+                holders.setdefault(id(parameter), []).append((name, module))
     return holders
 
 

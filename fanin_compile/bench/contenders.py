@@ -31,13 +31,8 @@ def fanin(model: nn.Module, x: Tensor) -> Run:
 
 def fanin_frozen(model: nn.Module, x: Tensor) -> Run:
     """Ours with what the best dense has for the rest: layers that stay dense packed by freezing and tuned."""
-    from torch._inductor import config
-
     options: dict[str, Any] = {"strict": True, "inductor": {"max_autotune": True}}
-    compiled = torch.compile(model, backend="fanin", dynamic=False, options=options)
-    with config.patch(freezing=True), torch.no_grad():
-        compiled(x)
-    return lambda: compiled(x)
+    return _compiled_frozen(torch.compile(model, backend="fanin", dynamic=False, options=options), x)
 
 
 def condensed(model: nn.Module, x: Tensor) -> Run:
@@ -64,20 +59,18 @@ def inductor(model: nn.Module, x: Tensor) -> Run:
 
 def inductor_frozen(model: nn.Module, x: Tensor) -> Run:
     """Inductor's best on constant weights: packed by freezing, tuned by max-autotune."""
-    from torch._inductor import config
-
-    compiled = torch.compile(model, dynamic=False, mode="max-autotune-no-cudagraphs")
-    with config.patch(freezing=True), torch.no_grad():  # freezing is read when the first call compiles
-        compiled(x)
-    return lambda: compiled(x)
+    return _compiled_frozen(torch.compile(model, dynamic=False, mode="max-autotune-no-cudagraphs"), x)
 
 
 def frozen(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """Compiled with its weights packed by freezing, for the memory format of x: oneDNN's convolutions at their best."""
+    return _compiled_frozen(torch.compile(model, dynamic=False), x, layout_optimization=not x.is_contiguous())
+
+
+def _compiled_frozen(compiled: Callable[[Tensor], Any], x: Tensor, **patches: Any) -> Callable[[], Any]:
     from torch._inductor import config
 
-    compiled = torch.compile(model, dynamic=False)
-    with config.patch(freezing=True, layout_optimization=not x.is_contiguous()), torch.no_grad():
+    with config.patch(freezing=True, **patches), torch.no_grad():  # read when the first call compiles
         compiled(x)
     return lambda: compiled(x)
 

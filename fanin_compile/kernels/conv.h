@@ -79,6 +79,11 @@ struct Layout {
     return even < most ? even : most;
   }
   int64_t units() const { return static_cast<int64_t>(unit.size()) - 1; }
+  int64_t rows_in(int64_t u) const {            // of the tiles of a unit
+    int64_t sum = 0;
+    for (int64_t i = unit[u]; i < unit[u + 1]; ++i) sum += tiles[i].parts;
+    return sum;
+  }
   int64_t at(const Tile& t) const { return pointwise ? t.x : (t.z * rows + t.y) * pitch + t.x; }
   int64_t stop(const Tile& t) const { return at(t) + (t.parts - 1) * pitch + t.vectors; }
   int64_t parts(int64_t blocks) const { return blocks > 1 ? blocks : unit_rows; }    // of a unit, at most

@@ -86,11 +86,7 @@ void cut_units(Layout& l, int64_t across, const F& packed) {
   for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * rows / units * across);
   l.unit_tiles = ceil_div(rows, units) * across;
   l.unit_rows = 0;
-  for (int64_t u = 0; u < units; ++u) {
-    int64_t of_unit = 0;
-    for (int64_t i = l.unit[u]; i < l.unit[u + 1]; ++i) of_unit += l.tiles[i].parts;
-    l.unit_rows = std::max(l.unit_rows, of_unit);
-  }
+  for (int64_t u = 0; u < units; ++u) l.unit_rows = std::max(l.unit_rows, l.rows_in(u));
 }
 
 bool make_spatial(const Structure& w, const Shape& s, Layout& l) {

@@ -3,7 +3,6 @@
 #include <array>
 #include <bit>
 #include <limits>
-#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -285,7 +284,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
   // of one block, threads share the rows of all tiles
   const Tile* last = l.tiles.data() + l.unit[unit + 1];
-  const int64_t rows = std::accumulate(first, last, int64_t{0}, [](int64_t sum, const Tile& tile) { return sum + tile.parts; });
+  const int64_t rows = l.rows_in(unit);
   const int64_t first_row = by_block ? 0 : cut(rows, part.part), last_row = by_block ? rows : cut(rows, part.part + 1);
   if (first_block == last_block || first_row == last_row) return;
   const Parts parts(op);

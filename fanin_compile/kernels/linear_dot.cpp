@@ -83,25 +83,24 @@ __attribute__((noinline)) void run(  // inlined, its loop is short of registers:
 }
 
 #if defined(FANIN_LOOKUP)
-constexpr int64_t kAhead = 512;                 // entries whose x is looked up before it is used
+constexpr int64_t kFound = 512;                 // entries whose x is looked up before it is used
 
-// The same, x looked up beforehand for several groups: as many as make kAhead entries.
+// The same, x looked up beforehand for several groups: as many as make kFound entries.
 template <class V>
 __attribute__((noinline)) void run(const V* w, const uint8_t* c, const Group* group, int64_t groups, const float* x, int64_t width,
                                    float* sums) {
   using v16 = Vec<float, 16>;
-  alignas(64) float found[kAhead + 8 * 128 + Lookup::kStep];
+  alignas(64) float found[kFound + 8 * 128 + Lookup::kStep];
   const Lookup lookup(x, width + 1);
   for (const Group* end = group + groups; group < end;) {
     int64_t entries = 0;
     const Group* stop = group;
-    while (stop < end && entries < kAhead) entries += 8 * int64_t{stop++->pairs};
-    request(c, c + entries, 4096 / sizeof(V));
+    while (stop < end && entries < kFound) entries += 8 * int64_t{stop++->pairs};
+    request_ahead(w, c, entries);
     lookup(c, entries, found);
     c += entries;
     for (const float* p = found; group < stop; ++group) {
       const V* last = w + 8 * int64_t{group->pairs};
-      request(w, last, 4096);
       v16 acc{};
       for (; last - w >= 16; w += 16, p += 16) acc += widen<16>(w) * load_raw<v16>(p);
       v8 half = __builtin_shufflevector(acc, acc, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(acc, acc, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -1,172 +1,15 @@
-// The convolution microkernel: weights are broadcast against a tile of outputs.
+// One unit of tiles: x packed, then block by block and chunk by chunk through the microkernel.
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <limits>
-#include <type_traits>
-#include <utility>
 
-#include "activation.h"
 #include "conv.h"
+#include "conv_kernel.h"
 #include "dispatch.h"
 #include "vec.h"
 
 namespace fanin::conv {
 namespace {
-
-// Sums of R rows in a tile of P parts of N vectors, which are `gap` floats apart in x.
-template <int R, int P, int N>
-struct Sums {
-  static constexpr int kVectors = P * N;
-  vf v[R * kVectors];
-
-  FANIN_INLINE void clear() {
-#pragma GCC unroll 16
-    for (int t = 0; t < R * kVectors; ++t) v[t] = vf{};
-  }
-  template <int Row>
-  FANIN_INLINE void load(const float* sums) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kVectors; ++t) v[Row * kVectors + t] = load_raw<vf>(sums + t * kLanes);
-  }
-  template <int Row>
-  FANIN_INLINE void store(float* sums) const {
-#pragma GCC unroll 16
-    for (int t = 0; t < kVectors; ++t) store_raw(sums + t * kLanes, v[Row * kVectors + t]);
-  }
-  // at: in units of kUnit bytes from x; opaque, so that it is the one index of all addresses
-  static constexpr int64_t kUnit = R == 1 ? 1 : kLanes;
-  template <int Row>
-  FANIN_INLINE void add(vf weight, const float* x, int64_t at, int64_t gap) {
-#pragma GCC unroll 4
-    for (int part = 0; part < P; ++part, at += gap) {
-      asm("" : "+r"(at));
-      const char* p = reinterpret_cast<const char*>(x) + at * kUnit;
-#pragma GCC unroll 16
-      for (int t = 0; t < N; ++t) v[Row * kVectors + part * N + t] += weight * load_raw<vf>(p + t * sizeof(vf));
-    }
-  }
-  template <class O, int... J>
-  FANIN_INLINE void add4(const float* values, const O* offsets, const float* x, int64_t gap,
-                         std::integer_sequence<int, J...>) {
-    const Weights4 w(values);
-    (add<J % R>(w.pick<J>(), x, offsets[J], gap), ...);
-  }
-};
-
-// Where rows that end in registers go: a tile of consecutive elements of each output channel.
-struct Target {
-  float* y;                     // of channel 0
-  const float *residual, *bias;
-  const int32_t* live;
-  int64_t pixels;
-  float floor, ceiling;         // infinite, or what relu and relu6 clamp to
-};
-
-constexpr int kVisitsAhead = 4;
-
-// Visits of one kind.
-struct Runs {
-  const uint16_t *count, *end, *rows;
-  const void* offsets;          // from x: uint32_t, bytes; of runs side by side: uint16_t, kLanes bytes
-  const float *values, *x;
-  float* sums;
-  int64_t gap;                  // bytes between the parts of a tile
-  bool fresh;                   // sums start from zero
-  const Target* target;         // of runs that end their rows, or null: sums are kept
-};
-
-// Bias, residual and clamp, and out.
-template <int Row, class S>
-FANIN_INLINE void finish(const Target& o, const S& sums, int32_t channel) {
-  const vf bias = splat(o.bias ? o.bias[channel] : 0.0f);
-  const float floor = o.floor, ceiling = o.ceiling;           // read once: y might alias them
-  float* y = o.y + channel * o.pixels;
-  const float* residual = o.residual ? o.residual + channel * o.pixels : nullptr;
-#pragma GCC unroll 16
-  for (int t = 0; t < S::kVectors; ++t) {
-    vf v = sums.v[Row * S::kVectors + t] + bias;
-    if (residual) v += load_raw<vf>(residual + t * kLanes);
-    store_raw(y + t * kLanes, clamp(v, floor, ceiling));
-  }
-}
-
-// Output channels lie far apart: the lines of a row some visits ahead are requested early.
-template <int N>
-FANIN_INLINE void prefetch(const Target& o, int32_t channel) {
-  constexpr int step = kLanes < 16 ? 16 / kLanes : 1;
-  const int64_t base = channel * o.pixels;
-#pragma GCC unroll 16
-  for (int t = 0; t < N + step - 1; t += step) {
-    const int64_t i = base + (t < N ? t * kLanes : N * kLanes - 1);
-    __builtin_prefetch(o.y + i, 1);
-    if (o.residual) __builtin_prefetch(o.residual + i);
-  }
-}
-
-// f(row) for each of R rows, row a constant.
-template <class F, int... Row>
-FANIN_INLINE void each_of(std::integer_sequence<int, Row...>, F&& f) {
-  (f(std::integral_constant<int, Row>{}), ...);
-}
-
-template <int R, int P, int N>
-void accumulate(Runs& r) {
-  using S4 = std::make_integer_sequence<int, 4>;
-  using Rows = std::make_integer_sequence<int, R>;
-  static_assert(R == 1 || R == 4);
-  constexpr int kSums = P * N * kLanes;
-  const float* w = r.values;
-  using O = std::conditional_t<R == 1, uint32_t, uint16_t>;
-  const O* o = static_cast<const O*>(r.offsets);
-  const uint16_t* row = r.rows;
-  const int64_t gap = r.gap;
-  const float* x = r.x;
-  float* kept = r.sums;
-  const bool fresh = r.fresh, ends = r.target;
-  const Target target = ends ? *r.target : Target{};
-  for (const uint16_t* count = r.count; count < r.end; ++count, row += R) {
-    if (ends && r.end - count > kVisitsAhead)
-      each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { prefetch<N>(target, target.live[row[kVisitsAhead * R + i]]); });
-    Sums<R, P, N> sums;
-    if (fresh) sums.clear();
-    else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template load<i>(kept + row[i] * kSums); });
-    int left = *count * R;
-    for (; left >= 4; left -= 4, w += 4, o += 4) sums.add4(w, o, x, gap, S4{});
-    if constexpr (R == 1)
-      for (; left > 0; --left, ++w, ++o) sums.template add<0>(splat(*w), x, *o, gap);
-    if (ends)
-      each_of(Rows{}, [&](auto i) __attribute__((always_inline)) {
-        // a missing run has the row of the next one, and must not be stored where y is the residual
-        if (i + 1 == R || row[i] != row[i + 1]) finish<i>(target, sums, target.live[row[i]]);
-      });
-    else each_of(Rows{}, [&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row[i] * kSums); });
-  }
-  r.count = r.end, r.rows = row, r.offsets = o, r.values = w;
-}
-
-using Kernel = void (*)(Runs&);
-
-template <int P, int... N>
-constexpr std::array<Kernel, kMaxTile> of_parts(std::integer_sequence<int, N...>) {
-  return {[] {
-    if constexpr ((N + 1) * P <= kMaxTile) return &accumulate<1, P, N + 1>;
-    else return Kernel{};
-  }()...};
-}
-template <int... N>
-constexpr std::array<Kernel, kNarrow> narrow_tiles(std::integer_sequence<int, N...>) {
-  return {&accumulate<kTogether, 1, N + 1>...};
-}
-
-Kernel kernel(const Tile& tile, int together) {
-  using All = std::make_integer_sequence<int, kMaxTile>;
-  static_assert(kMaxParts == 4);
-  static constexpr std::array<std::array<Kernel, kMaxTile>, kMaxParts> wide{
-      of_parts<1>(All{}), of_parts<2>(All{}), of_parts<3>(All{}), of_parts<4>(All{})};
-  static constexpr auto narrow = narrow_tiles(std::make_integer_sequence<int, kNarrow>{});
-  return together == 1 ? wide[tile.parts - 1][tile.vectors - 1] : narrow[tile.vectors - 1];
-}
 
 // The lanes of a tile in y. True if they are consecutive elements.
 bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
@@ -266,7 +109,7 @@ struct Parts {
     const Structure& w = *op.weight;
     values = lines(w.tallest() * kMaxTile * kLanes);
     offsets = values + (op.value_type == DType::f32 ? 0 : lines(w.longest));
-    planes = offsets + (w.together > 1 ? 0 : lines(w.longest));
+    planes = offsets + (w.together > 1 ? 0 : lines(w.longest + 2));          // two more are read
     end = planes + pack_floats(*op.geometry);
   }
 };
@@ -323,7 +166,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
         runs.count = w.counts() + stage->visit[0], runs.rows = w.order() + stage->visit[0] * l.together;
         runs.x = x + chunk * l.chunk_channels() * l.channel, runs.sums = sums;
         runs.gap = l.pitch * int64_t{sizeof(vf)};
-        runs.offsets = w.codes() + entry;
+        runs.offsets = w.codes() + entry, runs.last = w.codes() + w.entries - 4;
         if (l.together == 1) decode(w.codes() + entry, count, decoded), runs.offsets = decoded;
         runs.values = static_cast<const float*>(op.values) + entry;
         if (op.value_type != DType::f32) widen_values(op, entry, count, widened), runs.values = widened;

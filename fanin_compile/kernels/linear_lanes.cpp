@@ -1,5 +1,7 @@
 // Many batch rows: lanes are batch rows. x is transposed to [column][lanes], and every group of four rows adds
 // value * x[column] to its sums: one weight is broadcast against contiguous vectors.
+#include <algorithm>
+
 #include "dispatch.h"
 #include "linear.h"
 #include "linear_stream.h"
@@ -42,7 +44,7 @@ struct Columns8 {
   uint64_t word[kWords];
 
   FANIN_INLINE explicit Columns8(const C* p) {
-    for (int i = 0; i < kWords; ++i) word[i] = load_raw<uint64_t>(p + i * kEach);
+    for (int i = 0; i < kWords; ++i) word[i] = early<uint64_t>(p + i * kEach);
   }
   template <int J>
   FANIN_INLINE const float* in(const float* x) const {        // extract and scale in two instructions, three for odd kStride
@@ -53,10 +55,13 @@ struct Columns8 {
   }
 };
 
-// Adds the products of each group to the sums of its rows, y[row][T * kLanes].
+// Adds the products of each group to the sums of its rows, y[row][T * kLanes]. last: the last eight columns of the weight.
 template <int T, class V, class C>
-__attribute__((noinline)) void run(const V* w, const C* c, const Group* group, int64_t groups, const float* x, float* y) {
+__attribute__((noinline)) void run(const V* w, const C* c, const C* last, const Group* group, int64_t groups, const float* x,
+                                   float* y) {
   constexpr int kStride = T * kLanes;
+  if (groups == 0) return;
+  Columns8<C, kStride> next(c);
   for (const Group* end = group + groups; group < end; ++group) {
     float* rows[4];
     vf sums[4][T];
@@ -70,7 +75,9 @@ __attribute__((noinline)) void run(const V* w, const C* c, const Group* group, i
     const V* stop = w + 8 * int64_t{group->pairs};
     if constexpr (T == 1) request_ahead(w, c, stop - w);
     do {
-      const Columns8<C, kStride> column(c);
+      const Columns8<C, kStride> column = next;
+      c += 8;
+      next = Columns8<C, kStride>(std::min(c, last));
       const Weights4 a(w);
       add(0, a.template pick<0>(), column.template in<0>(x));
       add(1, a.template pick<1>(), column.template in<1>(x));
@@ -81,7 +88,7 @@ __attribute__((noinline)) void run(const V* w, const C* c, const Group* group, i
       add(1, b.template pick<1>(), column.template in<5>(x));
       add(2, b.template pick<2>(), column.template in<6>(x));
       add(3, b.template pick<3>(), column.template in<7>(x));
-      w += 8, c += 8;
+      w += 8;
     } while (w < stop);
     for (int r = 0; r < 4; ++r)
       for (int t = 0; t < T; ++t) store_raw(rows[r] + t * kLanes, sums[r][t]);
@@ -97,8 +104,11 @@ void run_block(const Linear& op, int64_t block, int64_t chunk0, int64_t chunk1, 
     const int64_t count = s[1].group - s->group;
     with_dtype(op.value_type, [&](auto v) {
       const auto* values = static_cast<const decltype(v)*>(op.values) + s->entry;
-      if (w.column_bytes == 1) run<T>(values, w.columns() + s->entry, groups, count, x, y);
-      else run<T>(values, reinterpret_cast<const uint16_t*>(w.columns()) + s->entry, groups, count, x, y);
+      const auto from = [&](const auto* columns) {
+        run<T>(values, columns + s->entry, columns + w.entries - 8, groups, count, x, y);
+      };
+      if (w.column_bytes == 1) from(w.columns());
+      else from(reinterpret_cast<const uint16_t*>(w.columns()));
     });
   }
 }

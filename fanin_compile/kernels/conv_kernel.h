@@ -1,0 +1,229 @@
+// The convolution microkernel: weights are broadcast against a tile of outputs. For conv_run.cpp alone: functions are local.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include "activation.h"
+#include "conv.h"
+#include "vec.h"
+
+namespace fanin::conv {
+namespace {
+
+// Sums of R rows in a tile of P parts of N vectors, which are `gap` floats apart in x.
+template <int R, int P, int N>
+struct Sums {
+  static constexpr int kVectors = P * N;
+  vf v[R * kVectors];
+
+  FANIN_INLINE void clear() {
+#pragma GCC unroll 16
+    for (int t = 0; t < R * kVectors; ++t) v[t] = vf{};
+  }
+  template <int Row>
+  FANIN_INLINE void load(const float* sums) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) v[Row * kVectors + t] = load_raw<vf>(sums + t * kLanes);
+  }
+  template <int Row>
+  FANIN_INLINE void store(float* sums) const {
+#pragma GCC unroll 16
+    for (int t = 0; t < kVectors; ++t) store_raw(sums + t * kLanes, v[Row * kVectors + t]);
+  }
+  // at: in units of kUnit bytes from x; opaque, so that it is the one index of all addresses
+  static constexpr int64_t kUnit = R == 1 ? 1 : kLanes;
+  template <int Row>
+  FANIN_INLINE void add(vf weight, const float* x, int64_t at, int64_t gap) {
+#pragma GCC unroll 4
+    for (int part = 0; part < P; ++part, at += gap) {
+      asm("" : "+r"(at));
+      const char* p = reinterpret_cast<const char*>(x) + at * kUnit;
+#pragma GCC unroll 16
+      for (int t = 0; t < N; ++t) v[Row * kVectors + part * N + t] += weight * load_raw<vf>(p + t * sizeof(vf));
+    }
+  }
+};
+
+// Where rows that end in registers go: a tile of consecutive elements of each output channel.
+struct Target {
+  float* y;                     // of channel 0
+  const float *residual, *bias;
+  const int32_t* live;
+  int64_t pixels;
+  float floor, ceiling;         // infinite, or what relu and relu6 clamp to
+};
+
+constexpr int kVisitsAhead = 4;
+
+// Visits of one kind.
+struct Runs {
+  const uint16_t *count, *end, *rows;
+  const void* offsets;          // from x: uint32_t, bytes; of runs side by side: uint16_t, kLanes bytes
+  const uint16_t* last;         // of those: the last four of the weight
+  const float *values, *x;
+  float* sums;
+  int64_t gap;                  // bytes between the parts of a tile
+  bool fresh;                   // sums start from zero
+  const Target* target;         // of runs that end their rows, or null: sums are kept
+};
+
+// f(i) for each i < N, a constant.
+template <class F, int... I>
+FANIN_INLINE void each_of(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+FANIN_INLINE void each(F&& f) {
+  each_of(std::make_integer_sequence<int, N>{}, f);
+}
+
+// Offsets of entries, in the order of the entries.
+template <int R>
+class Offsets;
+
+// Of one run at a time: two ahead, and loaded in twos. Two more than there are must be readable.
+template <>
+class Offsets<1> {
+ public:
+  FANIN_INLINE explicit Offsets(const Runs& r) : at_(static_cast<const uint32_t*>(r.offsets)), next_{early<uint32_t>(at_), early<uint32_t>(at_ + 1)} {}
+  template <class F>
+  FANIN_INLINE void four(F&& f) {               // f(which of the four, offset)
+    uint64_t pair = 0;
+    each<4>([&](auto j) __attribute__((always_inline)) {
+      const uint64_t offset = next_[j % 2];
+      if constexpr (j % 2 == 0) pair = early<uint64_t>(at_ + j + 2);
+      next_[j % 2] = j % 2 == 0 ? static_cast<uint32_t>(pair) : pair >> 32;
+      f(j, offset);
+    });
+    at_ += 4;
+  }
+  FANIN_INLINE uint64_t one() {
+    const uint64_t offset = next_[0];
+    next_[0] = next_[1], next_[1] = early<uint32_t>(at_ + 2);
+    ++at_;
+    return offset;
+  }
+  FANIN_INLINE const void* position() const { return at_; }
+
+ private:
+  const uint32_t* at_;
+  uint64_t next_[2];
+};
+
+// Of runs side by side: four ahead, in one load.
+template <>
+class Offsets<4> {
+ public:
+  FANIN_INLINE explicit Offsets(const Runs& r) : at_(static_cast<const uint16_t*>(r.offsets)), last_(r.last), next_(early<uint64_t>(at_)) {}
+  template <class F>
+  FANIN_INLINE void four(F&& f) {
+    const uint64_t now = next_;
+    at_ += 4;
+    next_ = early<uint64_t>(std::min(at_, last_));
+    each<4>([&](auto j) __attribute__((always_inline)) { f(j, now >> (16 * j) & 0xffff); });
+  }
+  FANIN_INLINE const void* position() const { return at_; }
+
+ private:
+  const uint16_t *at_, *last_;
+  uint64_t next_;
+};
+
+// Bias, residual and clamp, and out.
+template <int Row, class S>
+FANIN_INLINE void finish(const Target& o, const S& sums, int32_t channel) {
+  const vf bias = splat(o.bias ? o.bias[channel] : 0.0f);
+  const float floor = o.floor, ceiling = o.ceiling;           // read once: y might alias them
+  float* y = o.y + channel * o.pixels;
+  const float* residual = o.residual ? o.residual + channel * o.pixels : nullptr;
+#pragma GCC unroll 16
+  for (int t = 0; t < S::kVectors; ++t) {
+    vf v = sums.v[Row * S::kVectors + t] + bias;
+    if (residual) v += load_raw<vf>(residual + t * kLanes);
+    store_raw(y + t * kLanes, clamp(v, floor, ceiling));
+  }
+}
+
+// Output channels lie far apart: the lines of a row some visits ahead are requested early.
+template <int N>
+FANIN_INLINE void prefetch(const Target& o, int32_t channel) {
+  constexpr int step = kLanes < 16 ? 16 / kLanes : 1;
+  const int64_t base = channel * o.pixels;
+#pragma GCC unroll 16
+  for (int t = 0; t < N + step - 1; t += step) {
+    const int64_t i = base + (t < N ? t * kLanes : N * kLanes - 1);
+    __builtin_prefetch(o.y + i, 1);
+    if (o.residual) __builtin_prefetch(o.residual + i);
+  }
+}
+
+template <int R, int P, int N>
+void accumulate(Runs& r) {
+  static_assert(R == 1 || R == 4);
+  constexpr int kSums = P * N * kLanes;
+  const float* w = r.values;
+  const uint16_t* row = r.rows;
+  const int64_t gap = r.gap;
+  const float* x = r.x;
+  float* kept = r.sums;
+  const bool fresh = r.fresh, ends = r.target;
+  const Target target = ends ? *r.target : Target{};
+  if (r.count == r.end) return;
+  Offsets<R> offsets(r);
+  uint64_t next_row = early<uint16_t>(row), next_count = early<uint16_t>(r.count);
+  for (const uint16_t* count = r.count; count < r.end; ++count, row += R) {
+    const uint64_t one_row = next_row;
+    uint64_t left = R * *count;
+    if constexpr (R == 1) left = next_count, next_row = early<uint16_t>(row + 1), next_count = early<uint16_t>(count + 1);        // at last, of no visit
+    const auto row_of = [&](auto i) __attribute__((always_inline)) { return R == 1 ? one_row : row[i]; };
+    if (ends && r.end - count > kVisitsAhead)
+      each<R>([&](auto i) __attribute__((always_inline)) { prefetch<N>(target, target.live[row[kVisitsAhead * R + i]]); });
+    Sums<R, P, N> sums;
+    if (fresh) sums.clear();
+    else each<R>([&](auto i) __attribute__((always_inline)) { sums.template load<i>(kept + row_of(i) * kSums); });
+    for (; left >= 4; left -= 4, w += 4) {
+      const Weights4 weights(w);
+      offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
+        sums.template add<j % R>(weights.pick<j>(), x, static_cast<int64_t>(offset), gap);
+      });
+    }
+    if constexpr (R == 1)
+      for (; left > 0; --left, ++w) sums.template add<0>(splat(*w), x, static_cast<int64_t>(offsets.one()), gap);
+    if (ends)
+      each<R>([&](auto i) __attribute__((always_inline)) {
+        // a missing run has the row of the next one, and must not be stored where y is the residual
+        if (i + 1 == R || row[i] != row[i + 1]) finish<i>(target, sums, target.live[row_of(i)]);
+      });
+    else each<R>([&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row_of(i) * kSums); });
+  }
+  r.count = r.end, r.rows = row, r.offsets = offsets.position(), r.values = w;
+}
+
+using Kernel = void (*)(Runs&);
+
+template <int P, int... N>
+constexpr std::array<Kernel, kMaxTile> of_parts(std::integer_sequence<int, N...>) {
+  return {[] {
+    if constexpr ((N + 1) * P <= kMaxTile) return &accumulate<1, P, N + 1>;
+    else return Kernel{};
+  }()...};
+}
+template <int... N>
+constexpr std::array<Kernel, kNarrow> narrow_tiles(std::integer_sequence<int, N...>) {
+  return {&accumulate<kTogether, 1, N + 1>...};
+}
+
+Kernel kernel(const Tile& tile, int together) {
+  using All = std::make_integer_sequence<int, kMaxTile>;
+  static_assert(kMaxParts == 4);
+  static constexpr std::array<std::array<Kernel, kMaxTile>, kMaxParts> wide{
+      of_parts<1>(All{}), of_parts<2>(All{}), of_parts<3>(All{}), of_parts<4>(All{})};
+  static constexpr auto narrow = narrow_tiles(std::make_integer_sequence<int, kNarrow>{});
+  return together == 1 ? wide[tile.parts - 1][tile.vectors - 1] : narrow[tile.vectors - 1];
+}
+
+}  // namespace
+}  // namespace fanin::conv

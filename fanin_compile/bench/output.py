@@ -26,7 +26,7 @@ class BenchResult:
         fields: dict[str, Any] = {"title": self.title, "machine": self.machine}
         fields["rows"] = [row.to_dict() for row in self.rows]
         if self.roofline is not None:
-            fields["roofline"] = {"macs_per_ns": self.roofline.macs_per_ns, "read": self.roofline.read}
+            fields["roofline"] = asdict(self.roofline)
         fields["notes"] = list(self.notes)
         return json.dumps(fields, indent=2)
 
@@ -47,7 +47,11 @@ class BenchResult:
         table = [self._cells(row, contenders) for row in self.rows]
         lines = [self.title, self.machine, tabulate(table, headers, disable_numparse=True, stralign="right")]
         if self.roofline is not None:
-            lines.append(f"peak of a core: {self.roofline.macs_per_ns:.1f} fp32 multiply-adds per ns")
+            late, early = self.roofline.gathered
+            lines.append(
+                f"peak of a core: {self.roofline.macs_per_ns:.1f} fp32 multiply-adds per ns; with operands gathered "
+                f"from L1 {early:.1f}, with addresses loaded just before {late:.1f}"
+            )
         lines.append("median microseconds a call; ratio to the fastest dense contender of the same run")
         if self._alone:
             lines.append("layers alone: the ratio of all masked layers without what stands between them")

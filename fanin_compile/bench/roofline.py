@@ -14,10 +14,16 @@ from fanin_compile.kernels import build
 
 @dataclass(frozen=True)
 class Roofline:
-    """Per core: fp32 multiply-adds per ns; bytes per ns read from a working set of `bytes`."""
+    """Per core: fp32 multiply-adds per ns; bytes per ns read from a working set of `bytes`.
+
+    Attributes:
+        gathered: multiply-adds per ns that load an operand from scattered places in L1, each address loaded just
+            before it is used, and four places ahead.
+    """
 
     macs_per_ns: float
     read: dict[int, float]
+    gathered: tuple[float, float]
 
     def stream(self, nbytes: int) -> float:
         """Bytes per ns when reading a working set of that size: that of the next larger one measured."""
@@ -36,12 +42,15 @@ def roofline() -> Roofline:
     peak.restype, peak.argtypes = ctypes.c_double, [ctypes.c_int64]
     read = library.fanin_read_bytes_per_ns
     read.restype, read.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    gathered = library.fanin_gathered_macs_per_ns
+    gathered.restype, gathered.argtypes = ctypes.c_double, [ctypes.c_int64, ctypes.c_bool]
     data = torch.ones(max(WORKING_SETS) // 4)
     bandwidth = {}
     for size in WORKING_SETS:
         rounds = max(1, (1 << 27) // size)
         bandwidth[size] = max(read(data.data_ptr(), size // 4, rounds) for _ in range(3))
-    return Roofline(max(peak(4_000_000) for _ in range(3)), bandwidth)
+    late, early = (max(gathered(10_000, ahead) for _ in range(3)) for ahead in (False, True))
+    return Roofline(max(peak(4_000_000) for _ in range(3)), bandwidth, (late, early))
 
 
 def host() -> str:

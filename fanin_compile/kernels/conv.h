@@ -169,9 +169,12 @@ inline constexpr int64_t kChannelsAhead = 3;                  // channels lie fa
 // Spatial layers: Layout's tables for it, and the packing itself.
 void make_weaves(const Shape& shape, Layout& layout);
 void weave(const Op& op, int64_t image, int64_t unit, float* planes);
-// x of a unit's tiles. Spatial: [in_channels][Layout::channel], from the first position of the unit's first row.
-// Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
-void pack(const Op& op, int64_t image, int64_t unit, float* planes);
+struct Range {
+  int64_t first, last;          // of Layout::tiles
+};
+// x of some tiles of a unit. Spatial: of all of them, [in_channels][Layout::channel], from the first position of the unit's
+// first row. Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
+void pack(const Op& op, int64_t image, int64_t unit, Range tiles, float* planes);
 int64_t pack_floats(const Geometry& geometry);  // that it needs, for planes and itself
 
 // Where the outputs of a tile stand in y: the element of output channel 0, or -1 for lanes beyond the image or the batch.

@@ -47,14 +47,14 @@ struct Walk {
   }
 };
 
-Gathered pixels_of(const Op& op, int64_t image, int64_t unit, float* planes) {
+Gathered pixels_of(const Op& op, int64_t image, Range tiles, float* planes) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
   const int64_t images = std::min(l.images, op.batch - image);
   Gathered g;
-  Walk walk(s, op.channels_last ? s.in_channels : 1, l.tiles[l.unit[unit]].x * kLanes);
-  for (int64_t tile = l.unit[unit]; tile < l.unit[unit + 1]; ++tile) {
-    float* out = planes + (tile - l.unit[unit]) * l.packed_channels(s) * l.channel;
+  Walk walk(s, op.channels_last ? s.in_channels : 1, l.tiles[tiles.first].x * kLanes);
+  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+    float* out = planes + (tile - tiles.first) * l.packed_channels(s) * l.channel;
     for (int64_t t = 0; t < l.tiles[tile].vectors; ++t, out += kLanes) {
       const bool in_row = !op.channels_last && walk.i < images && walk.x + kLanes <= s.out[2];
       if (in_row && s.stride[2] == 1) {
@@ -76,15 +76,15 @@ Gathered pixels_of(const Op& op, int64_t image, int64_t unit, float* planes) {
 }
 
 template <class X>
-void pack_pixels(const Op& op, int64_t image, int64_t unit, float* planes) {
+void pack_pixels(const Op& op, int64_t image, Range tiles, float* planes) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
-  const int64_t channels = s.in_channels, pixels = s.pixels_in(), tiles = l.unit[unit + 1] - l.unit[unit];
+  const int64_t channels = s.in_channels, pixels = s.pixels_in();
   const X* x = static_cast<const X*>(op.x) + image * channels * pixels;
-  const auto [straight, second, others] = pixels_of(op, image, unit, planes);
+  const auto [straight, second, others] = pixels_of(op, image, tiles, planes);
   const auto at = [&](int64_t c) { return (c / l.chunk * l.chunk_channels() + c % l.chunk) * l.channel; };
   if (l.together > 1)
-    for (int64_t i = 0; i < tiles; ++i)
+    for (int64_t i = 0; i < tiles.last - tiles.first; ++i)
       for (int64_t c = 0; c < l.chunks(s); ++c)
         std::fill_n(planes + (i * l.packed_channels(s) + c * l.chunk_channels() + l.chunk) * l.channel, l.channel, 0.0f);
   if (op.channels_last) {
@@ -131,9 +131,9 @@ int64_t pack_floats(const Geometry& geometry) {
   return l.pointwise ? channels * l.channel * l.unit_tiles : channels * (l.channel + 1);
 }
 
-void pack(const Op& op, int64_t image, int64_t unit, float* planes) {
+void pack(const Op& op, int64_t image, int64_t unit, Range tiles, float* planes) {
   if (!op.geometry->layout.pointwise) return weave(op, image, unit, planes);
-  with_dtype(op.x_type, [&](auto zero) { pack_pixels<decltype(zero)>(op, image, unit, planes); });
+  with_dtype(op.x_type, [&](auto zero) { pack_pixels<decltype(zero)>(op, image, tiles, planes); });
 }
 
 }  // namespace fanin::conv

@@ -121,19 +121,23 @@ int64_t scratch_floats(const Op& op) { return Parts(op).end; }
 void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Structure& w = *op.weight;
   const Layout& l = op.geometry->layout;
-  const Tile* first = l.tiles.data() + l.unit[unit];
   const auto cut = [&](int64_t count, int64_t at) { return count * at / part.parts; };
   const bool by_block = w.blocks > 1;
   const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
   // of one block, threads share the rows of all tiles
-  const Tile* last = l.tiles.data() + l.unit[unit + 1];
   const int64_t rows = l.rows_in(unit);
-  const int64_t first_row = by_block ? 0 : cut(rows, part.part), last_row = by_block ? rows : cut(rows, part.part + 1);
+  int64_t first_row = by_block ? 0 : cut(rows, part.part), last_row = by_block ? rows : cut(rows, part.part + 1);
   if (first_block == last_block || first_row == last_row) return;
+  Range tiles{l.unit[unit], l.unit[unit + 1]};
+  if (l.pointwise) {            // a tile is a row, and packed by itself
+    tiles = {tiles.first + first_row, tiles.first + last_row};
+    first_row = 0, last_row = tiles.last - tiles.first;
+  }
+  const Tile *first = l.tiles.data() + tiles.first, *last = l.tiles.data() + tiles.last;
   const Parts parts(op);
   float *sums = scratch, *widened = scratch + parts.values, *planes = scratch + parts.planes;
   uint32_t* decoded = reinterpret_cast<uint32_t*>(scratch + parts.offsets);
-  pack(op, image, unit, planes);
+  pack(op, image, unit, tiles, planes);
 
   Places places;
   Target target{};

@@ -349,6 +349,9 @@ print(ops.scratch_nbytes())
         ((8, 128, 128, 56, 3, 2, 1), 4 << 20),
         ((1, 512, 512, 7, 3, 1, 1), 4 << 20),
         ((8, 2048, 512, 7, 1, 1, 1), 4 << 20),
+        # large images: cut into narrower blocks, so that a row of tiles is no more than what stays in the cache
+        ((1, 256, 8, 256, 3, 1, 1), 4 << 20),
+        ((1, 256, 8, 256, 3, 2, 1), 4 << 20),
         # one row of tiles of all channels is more than a unit should be: no more than x with its halos
         ((1, 64, 64, 128, 3, 1, 16), (4 << 20) + 2 * 64 * (128 + 16 * 32) ** 2 * 4),
     ],

@@ -35,7 +35,8 @@ int64_t tile_parts(const Dims& block) {
 constexpr double kPacking = 9, kStoring = 11, kRun = 20;
 constexpr double kScattering = 2 * kLanes;      // stored lane by lane, where a tile's rows are too short to be transposed
 constexpr double kProduct = kLanes > 8 ? 0.7 : 0.5;           // FMAs that load 64 bytes do not run at two a cycle
-constexpr double kFar = 6;                      // more, of a packed vector, where a unit does not stay in L2
+// More, of a packed vector, where a unit does not stay in L2, times by how much, up to what memory takes.
+constexpr double kFar = 6, kFarthest = 5;
 
 // Cycles that an image takes, roughly: what ranks the ways to spread blocks over lanes.
 double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
@@ -49,7 +50,8 @@ double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
   // rows of outputs in a unit: the inputs between it and the next one are packed twice
   const int64_t row = l.pitch * kLanes * phases * s.in_channels * int64_t{sizeof(float)};
   const int64_t rows = std::min(std::max(unit_bytes() / row - span[1], parts), l.block[1]);
-  const double packing = kPacking + ((rows + span[1]) * row > unit_bytes() * 3 / 2 ? kFar : 0.0);
+  const double beyond = static_cast<double>((rows + span[1]) * row) / (1.5 * static_cast<double>(unit_bytes()));
+  const double packing = kPacking + (beyond > 1.0 ? kFar * std::min(beyond, kFarthest) : 0.0);
   const double packed = static_cast<double>((l.block[0] + span[0]) * l.pitch * phases) *
                         static_cast<double>(ceil_div(l.block[1], rows) * (rows + span[1]));
   return (static_cast<double>(s.out_channels) * (static_cast<double>(tiles) * run + storing * outputs) +

@@ -38,6 +38,7 @@ from fanin_compile.records import Layer, Skip
 log = logging.getLogger("fanin_compile")
 
 Filter = Callable[[nn.Module, str], bool]
+PLACE_BYTES = 9  # beside its value: where an output comes from, and whether it is active
 _CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _UNSUPPORTED: dict[type[nn.Module], str] = {
     nn.ConvTranspose1d: "transposed convolutions stay dense",
@@ -167,11 +168,10 @@ def _shrinks(model: nn.Module, filter_fn: Filter | None, masks: Mapping[str, Ten
         # the filter has decided for all of them: a tied weight is one in a graph
         keeper = _keeper(module, "weight", holders) if module is not None and module not in given else None
         keeper = None if hasattr(module, "weight_orig") else keeper
-        if keeper is None and 1 - layer.active_share >= LEAST_SAVING:
-            active = round(dense * layer.active_share)
-            if condensed >= active:
-                values = {"dense": dense, "active": active, "condensed": condensed}
-                return Skip(layer.name, "dense on its active neurons alone is smallest", values, active=True)
+        active = round(dense * layer.active_share) + layer.shape[0] * (PLACE_BYTES + size)
+        if keeper is None and active <= (1 - LEAST_SAVING) * dense and active <= condensed:
+            values = {"dense": dense, "active": active, "condensed": condensed}
+            return Skip(layer.name, "dense on its active neurons alone is smallest", values, active=True)
         if condensed >= dense:
             return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
         return None if keeper is None else _tied(layer.name, keeper, condensed, dense)

@@ -61,8 +61,9 @@ def tuned_pack(weight: CondensedWeight, layer: Layer) -> tuple[Packed, str] | Sk
     choice = choose(weight, layer.batch)
     best = choice.times[choice.variant.name]
     assert choice.dense is not None
-    active = choice.active is not None and choice.active < choice.dense
-    if best >= (choice.active if active and choice.active is not None else choice.dense):
+    least = choice.dense if choice.active is None else min(choice.dense, choice.active)
+    active = least == choice.active
+    if best >= least:
         us = {"dense": choice.dense, "active": choice.active, "condensed": best}
         values = {"batch": layer.batch} | {form: f"{t:.0f} us" for form, t in us.items() if t is not None}
         form = "dense on its active neurons alone" if active else "dense"
@@ -126,17 +127,17 @@ def _measure(weight: CondensedWeight, batch: int) -> Choice:
         return y
 
     condensed = [lambda p=p: run(p) for p in packed]
-    dense_forms = [lambda: F.linear(x, dense)]
+    active = []
     if weight.rows is not None and len(weight.rows):
         rows, constants = weight.rows.long(), dense.new_zeros(()).expand(batch, out)
-        active = dense[rows]
-        dense_forms.append(lambda: torch.index_copy(constants, 1, rows, F.linear(x, active)))
+        narrow = dense[rows]
+        active.append(lambda: torch.index_copy(constants, 1, rows, F.linear(x, narrow)))
     with torch.inference_mode(False):
-        timings = timing.interleaved([*condensed, *dense_forms], SECONDS)
+        timings = timing.interleaved([lambda: F.linear(x, dense), *condensed, *active], SECONDS)
     # the least: what else the host does meanwhile is not the layer's
-    us = [t.least / 1e3 for t in timings]
-    best = _fastest(VARIANTS, us[: len(packed)])
-    return replace(best, **dict(zip(("dense", "active"), us[len(packed) :], strict=False)))
+    dense_us, *ours = (t.least / 1e3 for t in timings)
+    active_us = ours.pop() if active else None
+    return replace(_fastest(VARIANTS, ours), dense=dense_us, active=active_us)
 
 
 def _input(weight: CondensedWeight, batch: int) -> Tensor:

@@ -15,6 +15,7 @@ index_select is slow in eager (1235 us for 589 by index_copy), an index_copy of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ from fanin_compile.graph import (
     bind_arguments,
     renew_value,
     set_layer_weight,
+    size_hint,
     tensor_meta,
     use_layer_weight,
 )
-from fanin_compile.moves import laid_out_alike
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
@@ -58,8 +59,9 @@ def compute_active(gm: fx.GraphModule, ctx: Context) -> PassResult:
             skipped.append(Skip(layer.name, "ablated neurons are computed: its bias is not constant"))
             continue
         dim = y.ndim - 1 - CONVOLUTIONS.get(node.target, 0)
-        innermost = _is_contiguous(y.movedim(dim, -1))
-        if not innermost and not _is_contiguous(y):
+        last_order = [*(d for d in range(y.ndim) if d != dim), dim]
+        innermost = _lies_in(y, last_order)
+        if not innermost and not _lies_in(y, range(y.ndim)):
             values = {"strides": y.stride()}
             skipped.append(Skip(layer.name, "ablated neurons are computed: its output is strided", values))
             continue
@@ -69,15 +71,16 @@ def compute_active(gm: fx.GraphModule, ctx: Context) -> PassResult:
         else:
             use_layer_weight(node, first.args[1:3], first.meta[CONDENSED])
         renew_value(gm.graph, node)
-        _put_in_place(gm, node, weight, bias, dim, innermost=innermost)
+        _put_in_place(gm, node, weight, bias, dim, last_order if innermost else None)
         detail = f"{weight.n_active} of {weight.out_features} neurons computed"
         rewritten.append(Rewrite(layer.name, "active", detail=detail))
     return PassResult(tuple(rewritten), tuple(skipped))
 
 
-def _is_contiguous(y: Tensor) -> bool:
-    """Whether its strides are those of its shape, without guarding on symbolic sizes."""
-    return laid_out_alike(y, y.new_empty(y.shape))
+def _lies_in(y: Tensor, order: Sequence[int]) -> bool:
+    """Whether the dimensions of y are laid out in this order, outermost first, at the sizes of the example inputs."""
+    shape = [size_hint(y.shape[d]) for d in order]
+    return [size_hint(y.stride(d)) for d in order] == list(torch.empty(shape, device="meta").stride())
 
 
 def _select(gm: fx.GraphModule, node: fx.Node, bias: Tensor | None) -> None:
@@ -94,9 +97,18 @@ def _select(gm: fx.GraphModule, node: fx.Node, bias: Tensor | None) -> None:
 
 
 def _put_in_place(
-    gm: fx.GraphModule, node: fx.Node, weight: CondensedWeight, bias: Tensor | None, dim: int, *, innermost: bool
+    gm: fx.GraphModule,
+    node: fx.Node,
+    weight: CondensedWeight,
+    bias: Tensor | None,
+    dim: int,
+    order: Sequence[int] | None,
 ) -> None:
-    """Hand the users of `node`, which computes the active neurons of `weight` along `dim`, all neurons of it."""
+    """Hand the users of `node`, which computes the active neurons of `weight` along `dim`, all neurons of it.
+
+    Args:
+        order: of the dimensions with `dim` last, if they lie in memory so; None if in their own order.
+    """
     out, end, users = weight.out_features, node.next, list(node.users)
     a, rows = node.meta["val"], weight.rows
     assert rows is not None
@@ -113,8 +125,7 @@ def _put_in_place(
         return add_constant(gm, node, f"{node.name}_{name}", value)
 
     values = torch.zeros(out, dtype=a.dtype, device=a.device) if bias is None else bias
-    if innermost:
-        order = [*(d for d in range(a.ndim) if d != dim), dim]
+    if order is not None:
         moved = node if dim == a.ndim - 1 else call(aten.permute.default, node, order)
         lead = moved.meta["val"].shape[:-1]
         sizes = [n if isinstance(n, int) else call(aten.sym_size.int, moved, d) for d, n in enumerate(lead)]

@@ -1,4 +1,6 @@
-"""Condensed, dense on the active neurons alone, or dense: which is fastest for a layer on this host? Rates are measured once, kept in the user's cache and read from there.
+"""Condensed, dense on the active neurons alone, or dense: which is fastest for a layer on this host?
+
+Rates are measured once, kept in the user's cache and read from there.
 
 A layer of `nnz` active weights out of out x in, on `batch` positions, is estimated as
 
@@ -140,7 +142,7 @@ def gate(layer: Layer, *, streamed: bool = False) -> Skip | None:
 
 @functools.cache
 def host_rates(threads: int, *, streamed: bool = False) -> Rates:
-    """The rates of this host, from the cache or measured now (about half a second, streamed two)."""
+    """The rates of this host, from the cache or measured now (half a second to a second)."""
     path = _cache_file(threads, streamed)
     try:
         return Rates.parse(json.loads(path.read_text()))

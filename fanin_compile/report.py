@@ -31,8 +31,8 @@ class LayerReport:
         fan_in: least and most inputs of an active neuron.
         macs_before, macs_after: None where they depend on inputs that were not given.
         became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused, and the layer it is
-            chained into or onto), "dense", "dense, narrowed" to the neurons that are active and read, or "dense, active neurons only"
-            where ablated ones stay in the output.
+            chained into or onto), "dense", "dense, narrowed" to the neurons that are active and read, or "dense,
+            active neurons only" where ablated ones stay in the output.
         reason: why a layer was left dense, with the values that decided it.
         changes: what else was done to the layer (neurons removed, constants folded), and what was refused.
     """

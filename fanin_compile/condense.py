@@ -25,6 +25,7 @@ from fanin_compile.errors import FaninError, OptionError
 from fanin_compile.export import UNSUPPORTED, export_condensed
 from fanin_compile.graph import Gate
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
+from fanin_compile.liveness import LEAST_SAVING
 from fanin_compile.mask import MaskedWeight, find_masked_weight, has_neurons, masked_weights
 from fanin_compile.masking import Imposer
 from fanin_compile.options import VALUES_DTYPES
@@ -37,6 +38,7 @@ from fanin_compile.records import Layer, Skip
 log = logging.getLogger("fanin_compile")
 
 Filter = Callable[[nn.Module, str], bool]
+PLACE_BYTES = 9  # beside its value: where an output comes from, and whether it is active
 _CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _UNSUPPORTED: dict[type[nn.Module], str] = {
     nn.ConvTranspose1d: "transposed convolutions stay dense",
@@ -139,7 +141,8 @@ def condense(
 
 
 def _shrinks(model: nn.Module, filter_fn: Filter | None, masks: Mapping[str, Tensor] | None) -> Gate:
-    """The gate of the graph door: what filter_fn allows and takes fewer bytes than dense."""
+    """The gate of the graph door: what filter_fn allows and takes fewer bytes than dense, or than its active neurons
+    alone as a dense layer."""
     modules = dict(model.named_modules(remove_duplicate=False))
     given = {
         modules[path] for key in masks or {} for path in (key, key.rpartition(".")[0]) if path in modules
@@ -161,14 +164,17 @@ def _shrinks(model: nn.Module, filter_fn: Filter | None, masks: Mapping[str, Ten
             (index_dtype(fan_in).itemsize, LEAST_BYTES) if linear else (CODE_BYTES, LEAST_CONV_BYTES)
         )
         condensed = layer.nnz * (size + entry) + least
-        if condensed >= size * layer.dense_size:
-            return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
+        dense = size * layer.dense_size
         # the filter has decided for all of them: a tied weight is one in a graph
         keeper = _keeper(module, "weight", holders) if module is not None and module not in given else None
-        if keeper is not None and not hasattr(module, "weight_orig"):
-            dense = size * layer.dense_size
-            return _tied(layer.name, keeper, condensed, dense)
-        return None
+        keeper = None if hasattr(module, "weight_orig") else keeper
+        active = round(dense * layer.active_share) + layer.shape[0] * (PLACE_BYTES + size)
+        if keeper is None and active <= (1 - LEAST_SAVING) * dense and active <= condensed:
+            values = {"dense": dense, "active": active, "condensed": condensed}
+            return Skip(layer.name, "dense on its active neurons alone is smallest", values, active=True)
+        if condensed >= dense:
+            return Skip(layer.name, "would not shrink", {"sparsity": f"{layer.sparsity:.1%}"})
+        return None if keeper is None else _tied(layer.name, keeper, condensed, dense)
 
     return gate
 

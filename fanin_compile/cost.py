@@ -1,13 +1,17 @@
-"""Does condensing a layer pay on this host? Rates are measured once, kept in the user's cache and read from there.
+"""Condensed, dense on the active neurons alone, or dense: which is fastest for a layer on this host?
+
+Rates are measured once, kept in the user's cache and read from there.
 
 A layer of `nnz` active weights out of out x in, on `batch` positions, is estimated as
 
     dense      batch * out * in / dense_rate(batch)
+    active     batch * active * in / dense_rate(batch) + batch * out / place_rate(batch)
     condensed  batch * nnz / condensed_rate(batch)
 
-with rates in multiply-adds per nanosecond. Those of linears are measured on one layer at a few batch sizes and
+with rates in multiply-adds per nanosecond, and in outputs per nanosecond for placing those of active neurons among
+those of ablated ones (passes/compute_active.py). Those of linears are measured on one layer at a few batch sizes and
 interpolated in log(batch); those of convolutions on a pointwise and a 3x3 layer of ResNet-50, and on a grouped one as
-ResNeXt has them. Both sides are rates of useful work, so padding, packing and dispatch are in them. There are two sets
+ResNeXt has them. All are rates of useful work, so padding, packing and dispatch are in them. There are two sets
 of them: of one linear called over and over, and, for graphs whose dense weights exceed the last-level cache, of
 several in turn, as there each call finds its weights in memory, which a few rows do not make up for: dense reads ten
 times the bytes at 90 %.
@@ -50,18 +54,21 @@ REFERENCE = (1024, 1024)  # out, in: leaves L2 as a dense weight, so that its tr
 CONVOLUTIONS = ((128, 512, 1, 28, 1), (128, 128, 3, 28, 1), (256, 256, 3, 14, 32))
 SPARSITY = 0.9
 FEW = 16  # batch rows up to which reading the weights is what a dense layer waits for
-MARGIN = 0.95  # a layer is condensed if it is estimated to take less than this share of the dense time
+MARGIN = 0.95  # a layer is rewritten if it is estimated to take less than this share of the time otherwise
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiply-adds per nanosecond for one number of threads: of linears at BATCHES, of CONVOLUTIONS in order."""
+    """Multiply-adds, and outputs placed, per nanosecond for one number of threads: of linears at BATCHES, of
+    CONVOLUTIONS in order."""
 
     threads: int
     dense: tuple[float, ...]
     condensed: tuple[float, ...]
+    place: tuple[float, ...]
     conv_dense: tuple[float, ...]
     conv_condensed: tuple[float, ...]
+    conv_place: tuple[float, ...]
 
     @classmethod
     def parse(cls, stored: Mapping[str, Any]) -> Rates:
@@ -69,8 +76,10 @@ class Rates:
         lengths = {
             "dense": len(BATCHES),
             "condensed": len(BATCHES),
+            "place": len(BATCHES),
             "conv_dense": len(CONVOLUTIONS),
             "conv_condensed": len(CONVOLUTIONS),
+            "conv_place": len(CONVOLUTIONS),
         }
         sides = {side: tuple(map(float, stored[side])) for side in lengths}
         if any(len(sides[side]) != length or min(sides[side]) <= 0 for side, length in lengths.items()):
@@ -82,6 +91,12 @@ class Rates:
 
     def condensed_us(self, layer: Layer) -> float:
         return layer.sparse_macs / _rate(layer, self.condensed, self.conv_condensed) / 1e3
+
+    def active_us(self, layer: Layer) -> float:
+        """Active neurons alone as a dense layer, then their outputs put among those of ablated ones."""
+        outputs = layer.batch * layer.shape[0]
+        placing = outputs / _rate(layer, self.place, self.conv_place) / 1e3
+        return layer.active_share * self.dense_us(layer) + placing
 
 
 def gate_for(nbytes: int) -> Gate:
@@ -100,7 +115,9 @@ def last_level_cache() -> int:
 
 
 def gate(layer: Layer, *, streamed: bool = False) -> Skip | None:
-    """Refuse a layer that the host's rates say would not gain, with both estimates in microseconds.
+    """Refuse a layer that the host's rates say would not gain, with the estimates in microseconds.
+
+    One with ablated neurons has a third: its Skip is `active` where dense on the active ones alone is the fastest.
 
     Args:
         streamed: dense weights come from memory, not from cache.
@@ -110,21 +127,22 @@ def gate(layer: Layer, *, streamed: bool = False) -> Skip | None:
         return Skip(layer.name, "depthwise convolutions are as fast dense", {"groups": layer.groups})
     threads = torch.get_num_threads()
     rates = host_rates(threads, streamed=True) if streamed else host_rates(threads)
-    dense, condensed = rates.dense_us(layer), rates.condensed_us(layer)
-    if condensed < MARGIN * dense:
+    us = {"dense": rates.dense_us(layer)}
+    if layer.active_share < 1:
+        us["active"] = rates.active_us(layer)
+    us["condensed"] = rates.condensed_us(layer)
+    active = us.get("active", math.inf) < MARGIN * us["dense"]
+    if us["condensed"] < MARGIN * us["active" if active else "dense"]:
         return None
-    values = {
-        "sparsity": f"{layer.sparsity:.1%}",
-        "batch": layer.batch,
-        "dense": f"{dense:.0f} us",
-        "condensed": f"{condensed:.0f} us",
-    }
-    return Skip(layer.name, "dense is estimated to be faster", values)
+    values: dict[str, object] = {"sparsity": f"{layer.sparsity:.1%}", "batch": layer.batch}
+    values |= {form: f"{time:.0f} us" for form, time in us.items()}
+    form = "dense on its active neurons alone" if active else "dense"
+    return Skip(layer.name, f"{form} is estimated to be faster", values, active=active)
 
 
 @functools.cache
 def host_rates(threads: int, *, streamed: bool = False) -> Rates:
-    """The rates of this host, from the cache or measured now (about half a second, streamed two)."""
+    """The rates of this host, from the cache or measured now (half a second to a second)."""
     path = _cache_file(threads, streamed)
     try:
         return Rates.parse(json.loads(path.read_text()))
@@ -142,7 +160,7 @@ def host_rates(threads: int, *, streamed: bool = False) -> Rates:
 
 
 def measure(threads: int, seconds: float = 0.04, *, streamed: bool = False) -> Rates:
-    """Time the reference layers dense and condensed, the two sides interleaved, `seconds` for each measurement."""
+    """Time the reference layers dense, condensed and placing, interleaved, `seconds` for each measurement."""
     # each layer holds 4 MiB: together twice the cache
     copies = max(1, 2 * last_level_cache() // (4 * math.prod(REFERENCE))) if streamed else 1
     with timing.threads(threads):
@@ -151,11 +169,12 @@ def measure(threads: int, seconds: float = 0.04, *, streamed: bool = False) -> R
     return Rates(threads, *_transposed(linears), *_transposed(convolutions))
 
 
-def _transposed(pairs: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(dense for dense, _ in pairs), tuple(condensed for _, condensed in pairs)
+def _transposed(rates: Sequence[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+    """Each layer's rates of all sides -> each side's of all layers."""
+    return tuple(zip(*rates, strict=True))
 
 
-def _linear_rates(batch: int, seconds: float, copies: int) -> tuple[float, float]:
+def _linear_rates(batch: int, seconds: float, copies: int) -> tuple[float, ...]:
     dense, weight = _masked(REFERENCE)
     out, fan_in = REFERENCE
     x = torch.randn(batch, fan_in)
@@ -171,25 +190,34 @@ def _linear_rates(batch: int, seconds: float, copies: int) -> tuple[float, float
         for p in packeds:
             torch.ops.fanin.gather_matmul(x, p.values, p.structure, None, out)
 
+    constants, active = torch.randn(out).expand(batch, out), torch.arange(0, out, 2)
+    a = torch.randn(batch, len(active))
     macs = copies * batch
-    return _rates(run_dense, run_condensed, macs * dense.numel(), macs * weight.nnz, seconds)
+    sides = (
+        (run_dense, macs * dense.numel()),
+        (run_condensed, macs * weight.nnz),
+        (lambda: torch.index_copy(constants, 1, active, a), batch * out),
+    )
+    return _rates(sides, seconds)
 
 
 def _conv_rates(
     out: int, channels: int, kernel: int, size: int, groups: int, seconds: float
-) -> tuple[float, float]:
+) -> tuple[float, ...]:
     dense, weight = _masked((out, channels // groups, kernel, kernel))
     x, padding = torch.randn(1, channels, size, size), kernel // 2
     pads, ones = [padding, padding], [1, 1]
     packed = pack_conv(weight, stride=ones, padding=pads, dilation=ones, groups=groups)
     args = (x, packed.values, packed.structure, None, weight.shape, ones, pads, ones, groups)
-    return _rates(
-        lambda: F.conv2d(x, dense, padding=padding, groups=groups),
-        lambda: torch.ops.fanin.gather_conv(*args),
-        size * size * dense.numel(),
-        size * size * weight.nnz,
-        seconds,
+    position, constants = torch.arange(out) // 2, torch.randn(out, 1, 1)
+    a, active = torch.randn(1, -(-out // 2), size, size), torch.arange(out).view(-1, 1, 1) % 2 == 0
+    pixels = size * size
+    sides = (
+        (lambda: F.conv2d(x, dense, padding=padding, groups=groups), pixels * dense.numel()),
+        (lambda: torch.ops.fanin.gather_conv(*args), pixels * weight.nnz),
+        (lambda: torch.where(active, a.index_select(1, position), constants), pixels * out),
     )
+    return _rates(sides, seconds)
 
 
 def _masked(shape: tuple[int, ...]) -> tuple[Tensor, CondensedWeight]:
@@ -203,16 +231,11 @@ def _masked(shape: tuple[int, ...]) -> tuple[Tensor, CondensedWeight]:
     return dense, CondensedWeight.from_dense(dense, mask.view(shape))
 
 
-def _rates(
-    dense: Callable[[], object],
-    condensed: Callable[[], object],
-    dense_macs: int,
-    sparse_macs: int,
-    seconds: float,
-) -> tuple[float, float]:
+def _rates(sides: Sequence[tuple[Callable[[], object], int]], seconds: float) -> tuple[float, ...]:
+    """Work per nanosecond of each pair of a function and the work it does."""
     # the least: what else the host does meanwhile is not the layer's
-    a, b = (t.least for t in timing.interleaved([dense, condensed], seconds))
-    return dense_macs / a, sparse_macs / b
+    times = timing.interleaved([run for run, _ in sides], seconds)
+    return tuple(work / t.least for (_, work), t in zip(sides, times, strict=True))
 
 
 def _rate(layer: Layer, linear: Sequence[float], convolutions: Sequence[float]) -> float:

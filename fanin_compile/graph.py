@@ -49,6 +49,7 @@ PLANAR = (
 # node.meta keys; replace_node carries them over, so they survive every rewrite of a node
 LAYER = "fanin_layer"  # the Layer it computes
 CONDENSED = "fanin_condensed"  # the CondensedWeight of its constant weight
+REFUSAL = "fanin_refusal"  # the Skip that says why it is left dense
 NAME = "fanin_name"  # of a dense layer in reports, where its weight is a new constant
 _READ = "fanin_read"  # of the graph module: what Evaluators read
 
@@ -271,7 +272,7 @@ def use_layer_weight(node: fx.Node, constants: Sequence[Argument], weight: Conde
     """Give a linear or convolution node the weight and bias nodes of `constants`, which stand for `weight`."""
     node.args = (node.args[0], *constants, *node.args[3:])
     node.meta[CONDENSED] = weight
-    node.meta[LAYER] = node.meta[LAYER].with_weight(weight.shape, weight.nnz)
+    node.meta[LAYER] = node.meta[LAYER].with_weight(weight.shape, weight.nnz, weight.n_ablated)
 
 
 def attr_tensor(gm: fx.GraphModule, target: str) -> Tensor:

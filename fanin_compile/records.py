@@ -31,10 +31,17 @@ class Layer:
     def dense_size(self) -> int:
         return math.prod(self.shape)
 
-    def with_weight(self, shape: tuple[int, ...], nnz: int) -> Layer:
+    def with_weight(self, shape: tuple[int, ...], nnz: int, ablated: int) -> Layer:
         """The layer after a pass gave it another weight; what it was found with stays in the pass's result."""
         macs = self.batch * math.prod(shape)
-        return replace(self, shape=shape, nnz=nnz, dense_macs=macs)
+        return replace(self, shape=shape, nnz=nnz, ablated=ablated, dense_macs=macs)
+
+    @property
+    def active_share(self) -> float:
+        """Of the dense work, what is left if only active neurons are computed; 1 where that has no form of its own."""
+        if self.groups > 1 or self.ablated == self.shape[0]:
+            return 1.0
+        return 1.0 - self.ablated / self.shape[0]
 
     @property
     def sparse_macs(self) -> int:
@@ -60,6 +67,7 @@ class Skip:
     layer: str
     reason: str
     values: Mapping[str, object] = field(default_factory=dict)
+    active: bool = False  # of a layer to be left dense: computing its active neurons alone pays
 
     def __str__(self) -> str:
         values = ", ".join(f"{name} {value}" for name, value in self.values.items())

@@ -31,7 +31,8 @@ class LayerReport:
         fan_in: least and most inputs of an active neuron.
         macs_before, macs_after: None where they depend on inputs that were not given.
         became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused, and the layer it is
-            chained into or onto), "dense", or "dense, narrowed" to the neurons that are active and read.
+            chained into or onto), "dense", "dense, narrowed" to the neurons that are active and read, or "dense,
+            active neurons only" where ablated ones stay in the output.
         reason: why a layer was left dense, with the values that decided it.
         changes: what else was done to the layer (neurons removed, constants folded), and what was refused.
     """
@@ -213,6 +214,8 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
         dense = now.get(layer.name, layer) if became is None else layer
         dense_bytes = layer.dense_bytes * dense.dense_size // max(layer.dense_size, 1)
         left = "dense" if dense.shape == layer.shape else "dense, narrowed"
+        if any(r.became == "active" for r in done):
+            left = "dense, active neurons only"
         yield LayerReport(
             name=layer.name,
             op=layer.op,
@@ -228,7 +231,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             became=left if became is None else " ".join([became.became, *fused]) + "".join(chained),
             reason="" if became is not None else (refused or ["no pass took it"])[-1],
             changes=(
-                *(r.detail for r in done if r.became in ("activation", "folded", "narrowed")),
+                *(r.detail for r in done if r.became in ("activation", "folded", "narrowed", "active")),
                 *([became.detail] if became is not None and became.detail else ()),
                 *(r.detail for r in done if r.became == "tuned"),
                 *(refused if became is not None else refused[:-1]),

@@ -33,15 +33,22 @@ _CHUNK = 4096  # batch rows measured at most: beyond, the work is proportional
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured of one layer or chain: microseconds by the variant's name, and of the dense layer."""
+    """What was measured of one layer or chain: microseconds by the variant's name, and of the dense layer.
+
+    Attributes:
+        dense: not measured of a chain, whose layers were each found faster.
+        active: of the active neurons alone as a dense layer, where others are ablated.
+    """
 
     variant: Variant
     times: dict[str, float]
-    dense: float | None = None  # not measured of a chain, whose layers were each found faster
+    dense: float | None = None
+    active: float | None = None
 
     def __str__(self) -> str:
         measured = [f"{name} {us:.0f}" for name, us in self.times.items()]
         measured += [] if self.dense is None else [f"dense {self.dense:.0f}"]
+        measured += [] if self.active is None else [f"active {self.active:.0f}"]
         return f"variant {self.variant.name} (us: {', '.join(measured)})"
 
 
@@ -49,13 +56,18 @@ _choices: dict[tuple[object, ...], Choice] = {}
 
 
 def tuned_pack(weight: CondensedWeight, layer: Layer) -> tuple[Packed, str] | Skip:
-    """Pack a linear layer in its fastest variant and say which; a Skip if dense was measured to be faster still."""
+    """Pack a linear layer in its fastest variant and say which; a Skip if dense, or dense on the active neurons alone,
+    was measured to be faster still."""
     choice = choose(weight, layer.batch)
     best = choice.times[choice.variant.name]
     assert choice.dense is not None
-    if best >= choice.dense:
-        values = {"batch": layer.batch, "dense": f"{choice.dense:.0f} us", "condensed": f"{best:.0f} us"}
-        return Skip(layer.name, "dense was measured to be faster", values)
+    least = choice.dense if choice.active is None else min(choice.dense, choice.active)
+    active = least == choice.active
+    if best >= least:
+        us = {"dense": choice.dense, "active": choice.active, "condensed": best}
+        values = {"batch": layer.batch} | {form: f"{t:.0f} us" for form, t in us.items() if t is not None}
+        form = "dense on its active neurons alone" if active else "dense"
+        return Skip(layer.name, f"{form} was measured to be faster", values, active=active)
     return choice.variant.pack(weight), str(choice)
 
 
@@ -99,7 +111,7 @@ def _measure_gate(gate: CondensedWeight, second: Packed, activation: str, batch:
 def choose(weight: CondensedWeight, batch: int) -> Choice:
     """The variant in which `batch` rows of a layer take the least time on this host, at the present thread count."""
     batch = max(1, min(batch, _CHUNK))
-    key = (weight.shape, weight.nnz, weight.values.dtype, batch, torch.get_num_threads())
+    key = (weight.shape, weight.nnz, weight.n_active, weight.values.dtype, batch, torch.get_num_threads())
     if key not in _choices:
         _choices[key] = _measure(weight, batch)
         log.info("max_autotune: %s at batch %d: %s", weight, batch, _choices[key])
@@ -115,11 +127,17 @@ def _measure(weight: CondensedWeight, batch: int) -> Choice:
         return y
 
     condensed = [lambda p=p: run(p) for p in packed]
+    active = []
+    if weight.rows is not None and len(weight.rows):
+        rows, constants = weight.rows.long(), dense.new_zeros(()).expand(batch, out)
+        narrow = dense[rows]
+        active.append(lambda: torch.index_copy(constants, 1, rows, F.linear(x, narrow)))
     with torch.inference_mode(False):
-        timings = timing.interleaved([lambda: F.linear(x, dense), *condensed], SECONDS)
+        timings = timing.interleaved([lambda: F.linear(x, dense), *condensed, *active], SECONDS)
     # the least: what else the host does meanwhile is not the layer's
     dense_us, *ours = (t.least / 1e3 for t in timings)
-    return replace(_fastest(VARIANTS, ours), dense=dense_us)
+    active_us = ours.pop() if active else None
+    return replace(_fastest(VARIANTS, ours), dense=dense_us, active=active_us)
 
 
 def _input(weight: CondensedWeight, batch: int) -> Tensor:

@@ -7,6 +7,7 @@ reports what it did and why it left the rest, and knows no other pass. See fanin
 from __future__ import annotations
 
 from fanin_compile.graph import Pass
+from fanin_compile.passes.compute_active import compute_active
 from fanin_compile.passes.condense_conv import condense_conv
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.drop_identities import drop_identities
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     lower_max_pool,  # before epilogues are fused: an activation costs less after its maximum
     fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs
+    compute_active,  # of layers left dense, which those before it should see as one operator with all its outputs
     split_batch,  # it repeats operators, which those before it should see as one
     reuse_residuals,  # last: passes before it may take a node's value for what it was when it was computed
 )

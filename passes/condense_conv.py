@@ -23,6 +23,7 @@ from fanin_compile.graph import (
     CONDENSED,
     CONVOLUTIONS,
     LAYER,
+    REFUSAL,
     ConstantNodes,
     Context,
     PassResult,
@@ -62,6 +63,7 @@ def condense_conv(gm: fx.GraphModule, ctx: Context) -> PassResult:
                 layer.name, "channels_last by its weight, an image without batch", {"format": last}
             )
         if refusal is not None:
+            node.meta[REFUSAL] = refusal
             skipped.append(refusal)
             continue
         if any(uneven):

@@ -13,6 +13,7 @@ from torch import fx
 from fanin_compile.graph import (
     CONDENSED,
     LAYER,
+    REFUSAL,
     ConstantNodes,
     Context,
     PassResult,
@@ -36,11 +37,13 @@ def condense_linear(gm: fx.GraphModule, ctx: Context) -> PassResult:
         x, dense, bias = bound["input"], bound["weight"], bound["bias"]
         refusal = kernel_refuses(node, layer.name, weight, x, bias) or ctx.gate(layer)
         if refusal is not None:
+            node.meta[REFUSAL] = refusal
             skipped.append(refusal)
             continue
         if dense not in constants:
             packing = ctx.pack(weight.with_dtype(ctx.values_dtype), layer)
             if isinstance(packing, Skip):
+                node.meta[REFUSAL] = packing
                 skipped.append(packing)
                 continue
             packed, details[dense] = packing

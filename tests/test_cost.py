@@ -19,15 +19,24 @@ RATES = Rates(
     1,
     dense=(1.0, 2.0, 4.0, 8.0, 16.0),
     condensed=(1.0, 1.0, 1.0, 1.0, 1.0),
+    place=(0.1, 0.1, 0.2, 0.5, 0.5),
     conv_dense=(2.0, 8.0, 0.4),
     conv_condensed=(1.0, 0.5, 0.1),
+    conv_place=(0.5, 0.25, 0.5),
 )
 
 
 def _layer(
-    *, batch: int = 1, nnz: int = 1000, op: str = "linear", kernel: tuple[int, ...] = (), groups: int = 1
+    *,
+    batch: int = 1,
+    nnz: int = 1000,
+    ablated: int = 0,
+    op: str = "linear",
+    kernel: tuple[int, ...] = (),
+    groups: int = 1,
 ) -> Layer:
-    return Layer("fc", op, (100, 100, *kernel), (10, 10), nnz, 0, 40_000, batch * 10_000, batch, groups)
+    shape = (100, 100, *kernel)
+    return Layer("fc", op, shape, (10, 10), nnz, ablated, 40_000, batch * 10_000, batch, groups)
 
 
 @pytest.fixture
@@ -94,6 +103,50 @@ def test_the_gate_lets_gains_through_and_names_both_estimates_else() -> None:
     assert skip.values == {"sparsity": "90.0%", "batch": 256, "dense": "160 us", "condensed": "256 us"}
     assert cost.gate(_layer(nnz=940)) is None
     assert cost.gate(_layer(nnz=9_600)) is not None  # gains less than MARGIN asks for
+
+
+def test_active_neurons_alone_cost_their_share_and_the_placing() -> None:
+    assert RATES.active_us(_layer(batch=256, ablated=30)) == pytest.approx(0.7 * 160 + 256 * 100 / 0.5 / 1e3)
+    spatial = _layer(op="conv2d", kernel=(3, 3), ablated=30)
+    assert RATES.active_us(spatial) == pytest.approx(0.7 * RATES.dense_us(spatial) + 100 / 0.25 / 1e3)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("ablated", "nnz", "form", "estimates"),
+    [
+        (0, 1000, "dense", {"dense": "160 us", "condensed": "256 us"}),
+        # placing takes 51 us, so that 32 us saved by every 20 ablated neurons are worth it from 40 on
+        (20, 1000, "dense", {"dense": "160 us", "active": "179 us", "condensed": "256 us"}),
+        (40, 1000, "dense on its active neurons alone", {"active": "147 us", "condensed": "256 us"}),
+        (80, 500, "dense on its active neurons alone", {"active": "83 us", "condensed": "128 us"}),
+        (37, 1000, "dense", {"active": "152 us"}),  # gains less than MARGIN asks for
+        (80, 320, "dense on its active neurons alone", {"active": "83 us", "condensed": "82 us"}),  # likewise
+        (80, 300, None, {}),
+    ],
+)
+def test_the_gate_decides_among_three(
+    ablated: int, nnz: int, form: str | None, estimates: dict[str, str]
+) -> None:
+    skip = cost.gate(_layer(batch=256, nnz=nnz, ablated=ablated))
+    if form is None:
+        assert skip is None
+        return
+    assert skip is not None
+    assert skip.reason == f"{form} is estimated to be faster"
+    assert skip.active == (form != "dense")
+    assert estimates.items() <= skip.values.items()
+    assert ("active" in skip.values) == (ablated > 0)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("changes", [{"groups": 2}, {"ablated": 100}])
+def test_grouped_layers_and_those_without_active_neurons_have_two_forms(changes: dict[str, int]) -> None:
+    layer = _layer(op="conv2d", kernel=(3, 3), nnz=90_000, **{"ablated": 50} | changes)
+    skip = cost.gate(layer)
+    assert skip is not None
+    assert not skip.active
+    assert "active" not in skip.values
 
 
 def test_rates_are_kept_and_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

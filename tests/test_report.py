@@ -68,6 +68,31 @@ def test_a_layer_left_dense_counts_what_is_left_of_it(monkeypatch: pytest.Monkey
     assert report.left == report.layers
 
 
+def test_active_neurons_alone_with_all_three_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cost, "host_rates", lambda t: cost.Rates(t, (10.0,) * 5, (1.0,) * 5, (1.0,) * 5, *((9.0,) * 3,) * 3)
+    )
+    model = nn.Linear(200, 48).eval()
+    mask = torch.ones(48, 200, dtype=torch.bool)
+    mask[:16] = False
+    prune.custom_from_mask(model, "weight", mask)
+    for report in (
+        explain(model, randn(500, 200)),
+        explain(fanin_compile.condense(model, example_inputs=(randn(500, 200),))),
+    ):
+        (layer,) = report.layers
+        assert layer.became == "dense, active neurons only"
+        assert (layer.bytes_before, layer.bytes_after) == (4 * 48 * 200, 4 * 32 * 200)
+        assert (layer.macs_before, layer.macs_after) == (500 * 48 * 200, 500 * 32 * 200)
+        assert "32 of 48 neurons computed" in layer.changes
+        assert report.left == report.layers
+        assert "dense on its active neurons alone is " in layer.reason
+    estimates = (
+        "estimated to be faster (sparsity 33.3%, batch 500, dense 480 us, active 344 us, condensed 3200 us)"
+    )
+    assert explain(model, randn(500, 200)).layers[0].reason.endswith(estimates)
+
+
 def test_totals_are_sums() -> None:
     report = explain(MLP(), randn(5, 64), options=ALL)
     for field, total in report.totals().items():
@@ -100,7 +125,7 @@ def test_the_table_names_layers_sizes_and_reasons() -> None:
 
 def test_the_cost_gate_gives_both_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cost, "host_rates", lambda t: cost.Rates(t, (10.0,) * 5, (5.0,) * 5, (9.0,) * 2, (9.0,) * 2)
+        cost, "host_rates", lambda t: cost.Rates(t, (10.0,) * 5, (5.0,) * 5, (1.0,) * 5, *((9.0,) * 3,) * 3)
     )
     model = nn.Linear(64, 64)
     prune.random_unstructured(model, "weight", 0.02)

@@ -37,7 +37,9 @@ def layer_of(w: CondensedWeight, batch: int) -> Layer:
     return Layer("a", "linear", w.shape, (30, 30), w.nnz, 0, w.dense_nbytes, macs, batch)
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, least: dict[str, float], dense: float) -> list[int]:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, least: dict[str, float], dense: float, active: float = 100.0
+) -> list[int]:
     """Let the timer report these microseconds, 100 for variants not named; returns the sizes of what it was asked."""
     asked: list[int] = []
 
@@ -46,6 +48,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, least: dict[str, float], dense: fl
         for function in functions:
             function()  # each must run
         us = [dense, *(least.get(v.name, 100.0) for v in VARIANTS)]
+        us += [active] * (len(functions) - len(us))
         return [timing.Timing(1e3 * u, 1e3 * u, 0.0) for u in us]
 
     monkeypatch.setattr(timing, "interleaved", timer)
@@ -80,6 +83,25 @@ def test_dense_stays_where_it_was_faster(monkeypatch: pytest.MonkeyPatch) -> Non
         "dense": "90 us",
         "condensed": "100 us",
     }
+
+
+@pytest.mark.parametrize(
+    ("dense", "active", "form"),
+    [(90.0, 80.0, "dense on its active neurons alone"), (80.0, 90.0, "dense"), (110.0, 105.0, None)],
+)
+def test_active_neurons_alone_are_measured_too(
+    monkeypatch: pytest.MonkeyPatch, dense: float, active: float, form: str | None
+) -> None:
+    measured(monkeypatch, {}, dense, active)
+    w = CondensedWeight.from_dense(weight().to_dense() * (torch.arange(64) % 2).view(-1, 1))
+    packing = tuning.tuned_pack(w, layer_of(w, 16))
+    if form is None:
+        assert not isinstance(packing, Skip)
+        assert "dense 110, active 105" in packing[1]
+        return
+    assert isinstance(packing, Skip)
+    assert (packing.reason, packing.active) == (f"{form} was measured to be faster", form != "dense")
+    assert packing.values["active"] == f"{active:.0f} us"
 
 
 def test_layers_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,8 @@ class Offsets;
 template <>
 class Offsets<1> {
  public:
-  FANIN_INLINE explicit Offsets(const Runs& r) : at_(static_cast<const uint32_t*>(r.offsets)), next_{early<uint32_t>(at_), early<uint32_t>(at_ + 1)} {}
+  FANIN_INLINE explicit Offsets(const Runs& r)
+      : at_(static_cast<const uint32_t*>(r.offsets)), next_{early<uint32_t>(at_), early<uint32_t>(at_ + 1)} {}
   template <class F>
   FANIN_INLINE void four(F&& f) {               // f(which of the four, offset)
     uint64_t pair = 0;
@@ -117,7 +118,8 @@ class Offsets<1> {
 template <>
 class Offsets<4> {
  public:
-  FANIN_INLINE explicit Offsets(const Runs& r) : at_(static_cast<const uint16_t*>(r.offsets)), last_(r.last), next_(early<uint64_t>(at_)) {}
+  FANIN_INLINE explicit Offsets(const Runs& r)
+      : at_(static_cast<const uint16_t*>(r.offsets)), last_(r.last), next_(early<uint64_t>(at_)) {}
   template <class F>
   FANIN_INLINE void four(F&& f) {
     const uint64_t now = next_;
@@ -177,7 +179,10 @@ void accumulate(Runs& r) {
   for (const uint16_t* count = r.count; count < r.end; ++count, row += R) {
     const uint64_t one_row = next_row;
     uint64_t left = R * *count;
-    if constexpr (R == 1) left = next_count, next_row = early<uint16_t>(row + 1), next_count = early<uint16_t>(count + 1);        // at last, of no visit
+    if constexpr (R == 1) {     // behind the last visit, what stands there is read and not used
+      left = next_count;
+      next_row = early<uint16_t>(row + 1), next_count = early<uint16_t>(count + 1);
+    }
     const auto row_of = [&](auto i) __attribute__((always_inline)) { return R == 1 ? one_row : row[i]; };
     if (ends && r.end - count > kVisitsAhead)
       each<R>([&](auto i) __attribute__((always_inline)) { prefetch<N>(target, target.live[row[kVisitsAhead * R + i]]); });

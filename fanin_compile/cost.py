@@ -42,7 +42,7 @@ from fanin_compile.kernels import build
 from fanin_compile.packed import Packed
 from fanin_compile.packing import pack
 from fanin_compile.packing_conv import pack_conv
-from fanin_compile.records import Layer, Skip
+from fanin_compile.records import Layer, Skip, left_dense
 
 Gate = Callable[[Layer], Skip | None]
 
@@ -134,10 +134,8 @@ def gate(layer: Layer, *, streamed: bool = False) -> Skip | None:
     active = us.get("active", math.inf) < MARGIN * us["dense"]
     if us["condensed"] < MARGIN * us["active" if active else "dense"]:
         return None
-    values: dict[str, object] = {"sparsity": f"{layer.sparsity:.1%}", "batch": layer.batch}
-    values |= {form: f"{time:.0f} us" for form, time in us.items()}
-    form = "dense on its active neurons alone" if active else "dense"
-    return Skip(layer.name, f"{form} is estimated to be faster", values, active=active)
+    values = {"sparsity": f"{layer.sparsity:.1%}", "batch": layer.batch}
+    return left_dense(layer.name, "is estimated", us, active=active, **values)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from fanin_compile.condensed import CondensedWeight
 from fanin_compile.kernels.variants import VARIANTS, Variant
 from fanin_compile.packed import Header, Packed
 from fanin_compile.packing import gate_rows, pack
-from fanin_compile.records import Layer, Skip
+from fanin_compile.records import Layer, Skip, left_dense
 
 log = logging.getLogger("fanin_compile")
 
@@ -65,9 +65,8 @@ def tuned_pack(weight: CondensedWeight, layer: Layer) -> tuple[Packed, str] | Sk
     active = least == choice.active
     if best >= least:
         us = {"dense": choice.dense, "active": choice.active, "condensed": best}
-        values = {"batch": layer.batch} | {form: f"{t:.0f} us" for form, t in us.items() if t is not None}
-        form = "dense on its active neurons alone" if active else "dense"
-        return Skip(layer.name, f"{form} was measured to be faster", values, active=active)
+        found = {form: time for form, time in us.items() if time is not None}
+        return left_dense(layer.name, "was measured", found, active=active, batch=layer.batch)
     return choice.variant.pack(weight), str(choice)
 
 

@@ -169,14 +169,17 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
             f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
         )
     rewritten, constants = _take_constant_outputs(unlift(result.graph_module))
+    needed = _drop_unread_inputs(rewritten)
     patches: dict[str, object] = {"size_asserts": False}  # 3 of 9 us a layer go into them at every call
     if _only_stems(rewritten.graph):
         patches["layout_optimization"] = False
     with _own_cache_key():
-        compiled = settings.finish(rewritten, example_inputs, **patches)
+        compiled = settings.finish(rewritten, [example_inputs[i] for i in needed], **patches)
     _bind_to_modules(captured, packed)
-    guards.keep_tensors(captured.held_sources)
-    return _FreshGraph(compiled, gm, captured, rewritten, constants, settings, packed, inputs)
+    arguments = len(example_inputs)
+    guards.keep_tensors(source for i, source in captured.sources.items() if i >= arguments)
+    guards.leave_to_us(source for i, source in captured.sources.items() if i < arguments and i in packed)
+    return _FreshGraph(compiled, needed, gm, captured, rewritten, constants, settings, packed, inputs)
 
 
 def _only_stems(graph: fx.Graph) -> bool:
@@ -222,6 +225,18 @@ def _take_constant_outputs(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[int
         tensor = attr_tensor(gm, str(node.target))
         constants[i] = tensor.clone()
     return fx.GraphModule(gm, gm.graph), constants
+
+
+def _drop_unread_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Take the inputs that nothing reads off a graph, hundreds of weights most often; the positions of the others."""
+    needed = []
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if node.users:
+            needed.append(i)
+        else:
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return tuple(needed)
 
 
 def rewrite(captured: Captured, settings: Options) -> PipelineResult:
@@ -286,17 +301,20 @@ class _FreshGraph:
     def __init__(
         self,
         compiled: Callable[..., Any],
+        needed: tuple[int, ...],
         original: fx.GraphModule,
         captured: Captured,
         rewritten: fx.GraphModule,
         constants: Mapping[int, Tensor],
         settings: Options,
         packed: tuple[int, ...],
-        inputs: Sequence[Any],
+        inputs: tuple[Any, ...],
     ) -> None:
-        self._compiled, self._original = compiled, original
-        self._captured, self._rewritten, self._settings = captured, rewritten, settings
-        self._packed = packed
+        self._compiled: Callable[..., Any] | None = compiled
+        self._captured: Captured | None = captured
+        self._rewritten: fx.GraphModule | None = rewritten
+        self._needed, self._original, self._held = needed, original, captured.held
+        self._packed, self._settings = packed, settings
         self._hand_out(constants)
         self._watch = Watch(
             packed, inputs, witnesses=_witnesses(captured, packed), contents=settings.verify_contents
@@ -307,12 +325,14 @@ class _FreshGraph:
         weakref.finalize(self, guards.close_epoch, self._epoch)
 
     def __call__(self, *args: Any) -> Any:
-        inputs = args + self._captured.held
+        compiled, inputs = self._compiled, args + self._held
+        if compiled is None:
+            return self._original(*args)
         if torch.is_grad_enabled() and any(inputs[i].requires_grad for i in self._packed):
             return self._original(*args)  # unfrozen since: Dynamo does not guard parameters on this
         if not self._fresh(inputs) and not self._repack(inputs):
             return self._original(*args)
-        outputs = self._compiled(*args)
+        outputs = compiled(*[args[i] for i in self._needed])
         if self._constants:
             outputs = list(outputs)
             for i, tensor, _ in self._constants:
@@ -322,26 +342,32 @@ class _FreshGraph:
     def _hand_out(self, constants: Mapping[int, Tensor]) -> None:
         self._constants = [(i, constants[i], constants[i]._version) for i in sorted(constants)]
 
-    def _fresh(self, inputs: Sequence[Any]) -> bool:
+    def _fresh(self, inputs: tuple[Any, ...]) -> bool:
         # a user may have written to what was handed out
         return self._watch.fresh(inputs) and all(t._version == version for _, t, version in self._constants)
 
-    def _repack(self, inputs: Sequence[Any]) -> bool:
+    def _repack(self, inputs: tuple[Any, ...]) -> bool:
         """Bring the packed constants up to date; False if their structure changed: the graph is compiled anew."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._fresh(inputs):  # another thread was first
+            captured, current = self._captured, self._rewritten
+            if captured is None or current is None:  # another thread was first
+                return False
+            if self._fresh(inputs):
                 return True
+            if not self._watch.same_kind(inputs):
+                return self._give_up("a weight has another type, dtype, size or stride")
             try:
-                relift(self._captured.graph_module, {i: inputs[i] for i in self._captured.statics})
-                gm = unlift(rewrite(self._captured, self._settings).graph_module)
+                relift(captured.graph_module, {i: inputs[i] for i in captured.statics})
+                gm = unlift(rewrite(captured, self._settings).graph_module)
             except Exception as error:
                 if self._settings.strict:
                     raise RewriteError(f"fanin could not pack changed weights anew: {error}") from error
                 _warn_once(f"fanin could not pack changed weights anew after {type(error).__name__}: {error}")
                 return self._give_up("packing failed")
             rewritten, constants = _take_constant_outputs(gm)
-            new, old = dict(rewritten.named_buffers()), dict(self._rewritten.named_buffers())
-            same = not self._frozen and rewritten.code == self._rewritten.code
+            _drop_unread_inputs(rewritten)
+            new, old = dict(rewritten.named_buffers()), dict(current.named_buffers())
+            same = not self._frozen and rewritten.code == current.code
             if not same or any(_layout(new[name]) != _layout(old[name]) for name in old):
                 return self._give_up("the structure of its masks changed")
             for name, buffer in old.items():
@@ -355,6 +381,9 @@ class _FreshGraph:
     def _give_up(self, why: str) -> bool:
         log.info("graph %d: %s, compiling anew", self._epoch, why)
         guards.raise_epoch(self._epoch)
+        self._compiled = self._captured = self._rewritten = (
+            None  # Dynamo keeps this object, and calls it no more
+        )
         return False
 
 

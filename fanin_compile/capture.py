@@ -45,14 +45,14 @@ class Captured:
             L['self']._modules['fc']._parameters['weight'].
         owners: position -> the module it belongs to and its name there, where Dynamo knows them.
         held: the tensors at the positions past the arguments: those which Dynamo's graph reads as its attributes.
-        held_sources: where Dynamo found them, as far as it says.
+        sources: position of each static input, held or not -> where Dynamo found it, as far as it says.
     """
 
     graph_module: fx.GraphModule
     statics: Mapping[int, str]
     owners: Mapping[int, Owner]
     held: tuple[Tensor, ...]
-    held_sources: tuple[Source, ...]
+    sources: Mapping[int, Source]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     for node in list(aten_gm.graph.find_nodes(op="placeholder"))[arguments:]:
         aten_gm.graph.erase_node(node)
     aten_gm.recompile()
-    held_sources = tuple(source for source in sources[arguments:] if source is not None)
-    return Captured(aten_gm, statics, _owners(sources, statics), tuple(held.values()), held_sources)
+    found = {i: source for i in statics if (source := sources[i]) is not None}
+    return Captured(aten_gm, statics, _owners(sources, statics), tuple(held.values()), found)
 
 
 def held_tensors(gm: fx.GraphModule) -> dict[str, Tensor]:

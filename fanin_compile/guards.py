@@ -15,7 +15,8 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.guards import DeletedGuardManagerWrapper, GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import Source, TracingContext
+from torch._guards import GuardsSet, Source, TracingContext
+from torch.utils._ordered_set import OrderedSet
 
 # Of each graph in use, guarded by Dynamo: raising it makes the next call compile anew.
 epochs: dict[int, int] = {}
@@ -70,6 +71,18 @@ def keep_tensors(sources: Iterable[Source]) -> None:
             for kind in (GuardBuilder.ID_MATCH, GuardBuilder.TENSOR_MATCH):
                 if (source, kind.__name__) not in present:  # twice, a tensor would be taken for a duplicate
                     install_guard(source.make_guard(kind))
+
+
+def leave_to_us(sources: Iterable[Source]) -> None:
+    """Take back Dynamo's guards on the dtypes and sizes of the tensors at these sources.
+
+    freshness.Watch checks them, and more, for a fraction of what a walk over guards costs once a network has swept the
+    caches."""
+    if compiling():
+        ours, dynamo = set(sources), TracingContext.get().guards_context.dynamo_guards
+        kind = GuardBuilder.TENSOR_MATCH.__name__
+        kept = (g for g in dynamo if not (g.originating_source in ours and g.create_fn_name() == kind))
+        TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
 
 
 def discount_dropped_graphs() -> None:

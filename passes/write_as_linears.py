@@ -3,6 +3,7 @@
     y = einsum("bsd,dhk->bshk", x, w)          ->    y = unflatten(linear(x, reshape(permute(w))), -1, [h, k])
     y = w @ x  |  mv  |  inner  |  tensordot   ->    y = permute(linear(permute(x), w))
     y = addmm(b, x, w, beta=2, alpha=3)        ->    y = add(mm(x, w) * 3, b * 2)
+    y = linear(x, w, b), b of one element      ->    y = linear(x, w, repeat(b))
 
 Each is a contraction: what both operands have is summed over, what one of them has stays. Where the weight shares a
 dimension that stays, as that of experts, and in operators of several products, there is no condensed form, and it is
@@ -41,6 +42,11 @@ OTHERS: dict[object, tuple[int, ...]] = {
     aten.convolution.default: (1,),
 }
 
+_BIASES: dict[object, tuple[int, int]] = {
+    aten.linear.default: (2, 1),
+    aten.addmm.default: (0, 2),
+}  # and weights
+
 Letters = list[str]  # the dimensions of a tensor, by name
 
 
@@ -50,6 +56,7 @@ def write_as_linears(gm: fx.GraphModule, ctx: Context) -> PassResult:
     evaluate = Evaluator(gm)
     writer = _Writer()
     for node in list(gm.graph.nodes):
+        _write_out_bias(node)
         weights = [w for w in _operands(node) if _sparsity(w, evaluate, ctx) > 0]
         if not weights or evaluate.is_constant(node) or _is_linear(node, weights[0]):
             continue  # what is of a linear's form is found as it is
@@ -68,6 +75,29 @@ def write_as_linears(gm: fx.GraphModule, ctx: Context) -> PassResult:
         sparsity = f"{_sparsity(weight, evaluate, ctx):.0%}"
         skipped.append(Skip(name, "no condensed form", {"op": what, "shape": shape, "sparsity": sparsity}))
     return PassResult(tuple(rewritten), tuple(skipped))
+
+
+def _write_out_bias(node: fx.Node) -> None:
+    """Give a bias that is broadcast, or is some view, an element for each neuron, as passes expect of a linear."""
+    place, weight = _BIASES.get(node.target, (0, 0))
+    bias = node.args[place] if place < len(node.args) else None
+    if node.target not in _BIASES or not isinstance(bias, fx.Node):
+        return
+    out, value = node.meta["val"].shape[-1], bias.meta["val"]
+    if _rank(node.args[weight]) != 2 or _rank(bias) not in (0, 1):
+        return
+    shaped = tuple(value.shape) == (out,)
+    if shaped and value.is_contiguous():
+        return
+    with node.graph.inserting_before(node):
+        if shaped:
+            layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            whole = node.graph.call_function(aten.clone.default, (bias,), layout)
+        else:
+            whole = node.graph.call_function(aten.repeat.default, (bias, [out]))
+    whole.meta = dict(bias.meta)
+    renew_value(node.graph, whole)
+    node.update_arg(place, whole)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

@@ -152,6 +152,57 @@ def test_a_change_is_seen_by_the_next_call(change: str) -> None:
     assert condensed == ({"b"} if change == "no longer sparse" else {"a", "b"})
 
 
+def _to_bfloat16(model: MLP) -> None:
+    model.bfloat16()  # through .data: Dynamo's own guard on dtypes is left to us
+
+
+def _to_double(model: MLP) -> None:
+    model.double()
+
+
+def _fewer_neurons(model: MLP) -> None:
+    model.a.weight = nn.Parameter(model.a.weight[:40].clone())
+    model.a.bias = nn.Parameter(model.a.bias[:40].clone())
+    model.b.weight = nn.Parameter(model.b.weight[:, :40].clone())
+
+
+def _one_bias(model: MLP) -> None:
+    model.a.bias.data = model.a.bias[:1].clone()  # broadcast
+
+
+KINDS = {f.__name__[1:]: f for f in (_to_bfloat16, _to_double, _fewer_neurons, _one_bias)}
+
+
+@pytest.mark.parametrize("change", KINDS)
+def test_another_dtype_or_shape_is_seen_by_the_next_call(change: str) -> None:
+    model = MLP()
+    f = compiled(model)
+    with recorded() as compilations:
+        f(randn(5, 64))
+        freed: list[bool] = []
+        weakref.finalize(model.a.weight.untyped_storage(), freed.append, True)
+        KINDS[change](model)
+        x = randn(5, 64).to(model.a.weight.dtype)
+        for _ in range(3):
+            y = f(x)
+            assert y.dtype == x.dtype
+            torch.testing.assert_close(y, model(x), atol=0.2 if y.dtype == torch.bfloat16 else 1e-5, rtol=0)
+    assert len(compilations) == 2
+    compilations.clear()
+    gc.collect()
+    assert freed or change in ("fewer_neurons", "one_bias")  # of the others, the parameters are the same
+
+
+def test_weights_that_a_graph_reads_as_they_are_stay_guarded_by_dynamo() -> None:
+    model = nn.Sequential(sparse_linear(64, 48, 6), nn.LayerNorm(48)).eval()
+    f = compiled(model)
+    x = randn(5, 64)
+    f(x)
+    model[1].weight.data = torch.ones(1)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        f(x)  # as without us, where the graph made for 48 factors would have read past their end
+
+
 def test_many_changes_of_values_compile_once() -> None:
     model, x = MLP(), randn(5, 64)
     f = compiled(model)

@@ -205,7 +205,7 @@ def test_forms_of_matmul() -> None:
             ]
 
     (result,) = _same(Model(), randn(5, 64))
-    assert len(_layers([result])) == 7  # of nine: broadcast biases stay dense
+    assert len(_layers([result])) == 9
 
 
 @pytest.mark.parametrize("where", ["around", "inside"])

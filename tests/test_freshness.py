@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +15,32 @@ from torch import Tensor, nn
 
 from fanin_compile import freshness
 from fanin_compile.freshness import Watch, refresh, watch_fused_optimizers
+from fanin_compile.kernels import build
 from tests.compile_support import randn
 
+Args = tuple[Any, ...]
 
-def _args() -> list[object]:
-    return [randn(2, 3), nn.Parameter(randn(4, 4)), "text", nn.Parameter(randn(4))]
+
+@pytest.fixture(params=["native", "python"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs with the native comparison and with the one for machines without it."""
+    if request.param == "native":
+        build.load()
+        assert build.python_library() is not None
+    else:
+        monkeypatch.setattr(build, "python_library", lambda: None)
+    return str(request.param)
+
+
+def _args() -> Args:
+    return randn(2, 3), nn.Parameter(randn(4, 4)), "text", nn.Parameter(randn(4, 4))
 
 
 def test_unchanged_is_fresh_and_other_arguments_play_no_part() -> None:
     args = _args()
     watch = Watch((1, 3), args)
-    args[0], args[2] = randn(5, 3), "other"
-    assert watch.fresh(args)
+    assert watch.fresh((randn(5, 3), args[1], "other", args[3]))
+    assert not watch.fresh((args[0], args[3], args[2], args[1]))
 
 
 SEEN: dict[str, Callable[[nn.Parameter], object]] = {
@@ -32,7 +49,13 @@ SEEN: dict[str, Callable[[nn.Parameter], object]] = {
     ".data =": lambda p: setattr(p, "data", p.detach().clone()),
     "in place": lambda p: p.detach().mul_(1.0),
     "swapped": lambda p: torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone())),
+    # of these, the storage stays and nothing is counted
+    "transposed": lambda p: setattr(p, "data", p.detach().t()),
+    "another shape": lambda p: setattr(p, "data", p.detach().view(2, 8)),
+    "another dtype": lambda p: setattr(p, "data", p.detach().view(torch.int32).view(torch.float16)),
+    "negated view": lambda p: setattr(p, "data", torch._neg_view(p.detach())),
 }
+KEEPS_KIND = ("other object", "same storage, other object", ".data =", "in place", "swapped")
 
 
 @pytest.mark.parametrize("change", SEEN)
@@ -40,20 +63,42 @@ def test_changes_are_seen_and_renew_forgets_them(change: str) -> None:
     args = _args()
     watch = Watch((1, 3), args)
     parameter = args[3]
-    assert isinstance(parameter, nn.Parameter)
     new = SEEN[change](parameter)
     if isinstance(new, nn.Parameter):
-        args[3] = new
+        args = (*args[:3], new)
     assert not watch.fresh(args)
+    assert watch.same_kind(args) == (change in KEEPS_KIND)
     watch.renew((1, 3), args)
     assert watch.fresh(args)
+
+
+def test_addresses_that_come_back_do_not_deceive() -> None:
+    parameter = nn.Parameter(randn(4, 4))
+    for _ in range(50):
+        watch = Watch((0,), (parameter,))
+        for _ in range(
+            2
+        ):  # the first one's tensor and data are freed; the second may be given their addresses
+            torch.utils.swap_tensors(parameter, nn.Parameter(randn(4, 4)))
+            gc.collect(0)
+        assert not watch.fresh((parameter,))
+
+
+def test_memory_of_weights_that_have_other_by_now_is_free() -> None:
+    args = _args()
+    watch = Watch((3,), args)
+    freed: list[bool] = []
+    weakref.finalize(args[3].untyped_storage(), freed.append, True)
+    args[3].data = randn(4, 4)
+    assert freed
+    assert not watch.fresh(args)
 
 
 def test_a_witness_speaks_for_what_nothing_counts() -> None:
     norm = nn.BatchNorm1d(4)
     assert norm.running_mean is not None
     assert norm.num_batches_tracked is not None
-    args = [norm.running_mean]
+    args = (norm.running_mean,)
     blind, watch = Watch((0,), args), Watch((0,), args, witnesses=[norm.num_batches_tracked])
     norm(randn(5, 4))
     assert (blind.fresh(args), watch.fresh(args)) == (True, False)
@@ -80,7 +125,7 @@ def test_refresh_makes_every_watch_stale_once() -> None:
 def test_contents_tells_any_two_contents_apart(dtype: torch.dtype, seed: int, transposed: bool) -> None:
     weight = randn(6, 5, seed=seed).to(dtype)
     weight = weight.t() if transposed else weight
-    args = [weight]
+    args = (weight,)
     watch = Watch((0,), args, contents=True)
     assert watch.fresh(args)
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +143,7 @@ def test_contents_tells_any_two_contents_apart(dtype: torch.dtype, seed: int, tr
 
 
 def test_without_contents_such_writes_go_unseen() -> None:
-    args = [randn(6, 5)]
+    args = (randn(6, 5),)
     watch = Watch((0,), args)
     args[0].data.neg_()
     assert watch.fresh(args)  # hence refresh()

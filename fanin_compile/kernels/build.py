@@ -11,6 +11,7 @@ library found under its key is always the right one. Environment:
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -97,7 +99,8 @@ def compile_command(source: Path, output: Path) -> list[str]:
 
         abi = int(torch.compiled_with_cxx11_abi())
         flags = [*BINDING_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-        flags += [f"-isystem{path}" for path in include_paths("cpu")]
+        folders = (*include_paths("cpu"), sysconfig.get_path("include"))
+        flags += [f"-isystem{path}" for path in folders]
     compiler = shlex.split(toolchain().compiler)
     return [*compiler, *COMMON_FLAGS, *flags, *_extra_flags(), "-c", str(source), "-o", str(output)]
 
@@ -190,3 +193,21 @@ def load() -> Path:
     """Build if needed and load the native kernels, once in a process; the path of the library."""
     with _load_lock:
         return _load_once()
+
+
+def python_library() -> ctypes.PyDLL | None:
+    """The functions of the loaded library that read Python objects; None if it is not loaded, or was built on a machine
+    without Python's headers."""
+    return _python_library(_load_once()) if _load_once.cache_info().currsize else None
+
+
+@functools.cache
+def _python_library(path: Path) -> ctypes.PyDLL | None:
+    library = ctypes.PyDLL(str(path))
+    try:
+        state, unchanged = library.fanin_state, library.fanin_unchanged
+    except AttributeError:
+        return None
+    state.argtypes, state.restype = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+    unchanged.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64)
+    return library

@@ -203,3 +203,17 @@ def test_keeps_the_dtype_under_autocast(name: str) -> None:
     assert y.dtype == expected.dtype
     assert_close_at_scale(y.float(), expected.float(), share=2e-2)
     assert result.found or [s.reason for s in result.skipped] == ["no condensed form"]
+
+
+@pytest.mark.parametrize("shape", [(1,), ()], ids=["one element", "scalar"])
+@pytest.mark.parametrize(
+    "form", [F.linear, lambda x, w, b: torch.addmm(b, x, w.t())], ids=["linear", "addmm"]
+)
+def test_a_bias_for_all_neurons_at_once(form: Form, shape: tuple[int, ...]) -> None:
+    model, x = Product(lambda x, w, b: torch.relu(form(x, w, b)), (6, 8)), randn(5, 8)
+    model.w[4:] = 0  # ablated: constants, which the bias alone makes
+    model.b = nn.Parameter(randn(1, seed=2).view(shape), requires_grad=False)
+    gm = graph_of(model, x)
+    result = run_pipeline(gm, PIPELINE, context(gm))
+    assert len(calls(result.graph_module, gather_matmul)) == 1
+    assert_close_at_scale(result.graph_module(x), model(x))

@@ -1,4 +1,5 @@
-"""Attention, fused or written out as two products: what its output takes from its values, and what its softmax hides.
+"""Attention, fused or written out as two products: what its output takes from its values, what its softmax hides, and
+whose keys it reads.
 
 scores = q k^T      [..., heads, m, n]: the neurons of queries and keys are summed over
 y = softmax(scores) v                   the neurons of the values come through, averaged over positions
@@ -7,7 +8,7 @@ y = softmax(scores) v                   the neurons of the values come through, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -15,12 +16,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fanin_compile.axes import Size, Spread, together
 from fanin_compile.graph import bind_arguments, tensor_meta
-from fanin_compile.moves import DROPOUTS, SAME, VIEWS
+from fanin_compile.moves import DROPOUTS, SAME, SLICE, VIEWS
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = (aten.bmm.default, aten.matmul.default)
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+MOST_QUERIES = 8  # of a head, for which our kernels are: more are a product of matrices
+_MERGES = (*VIEWS, aten.clone.default, aten.contiguous.default)
+_UNSQUEEZE, _EXPAND = aten.unsqueeze.default, aten.expand.default
 _RESHAPES = (*VIEWS, aten.unsqueeze.default, aten.slice.Tensor, aten.expand.default, aten.contiguous.default)
 
 
@@ -110,3 +114,66 @@ def feeds_softmax(node: fx.Node) -> bool:
             return False
         node = user
     return False
+
+
+class Repeated(NamedTuple):
+    """Keys or values on their way to an attention.
+
+    Attributes:
+        source: the heads that there are.
+        path: from its reader to what the attention reads; they repeat each head `times` times. Empty: once.
+    """
+
+    source: Any
+    path: tuple[fx.Node, ...]
+    times: int
+
+
+def repeats(node: object, reader: fx.Node) -> Repeated:
+    """What `node`, which `reader` reads, repeats the heads of, by nodes that nobody else reads; or `node` itself."""
+    found, path = Repeated(node, (), 1), list[fx.Node]()
+    while isinstance(node, fx.Node) and node.target in (*_MERGES, SLICE, _UNSQUEEZE, _EXPAND):
+        if list(node.users) != [path[0] if path else reader]:
+            break
+        path.insert(0, node)
+        node = node.args[0]
+        meta = tensor_meta(node)
+        if meta is not None and (times := _times(tuple(meta.shape), path)) is not None:
+            found = Repeated(node, tuple(path), times)
+    return found
+
+
+def _times(shape: tuple[Any, ...], path: list[fx.Node]) -> int | None:
+    """How often `path` repeats each head of a tensor of `shape`, if it does nothing else:
+
+    [b, h, t, d]  unsqueeze  [b, h, 1, t, d]  expand  [b, h, n, t, d]  reshape  [b, h * n, t, d]
+    """
+    if len(shape) != 4 or not isinstance(shape[1], int) or shape[1] == 0:
+        return None
+    b, h, t, d = shape
+    n = path[-1].meta["val"].shape[1] // h
+    stages = (shape, (b, h, 1, t, d), (b, h, n, t, d), (b, h * n, t, d))
+    steps: tuple[tuple[object, ...], ...] = ((_UNSQUEEZE, *_MERGES), (_EXPAND,), _MERGES)
+    at = 0
+    for node in path:
+        found = tuple(node.meta["val"].shape)
+        if node.target is not _EXPAND and same_shape(found, stages[at]):  # a slice that takes all, a copy
+            continue
+        if at == len(steps) or node.target not in steps[at] or not same_shape(found, stages[at + 1]):
+            return None
+        at += 1
+    return {0: 1, len(steps): n}.get(at)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes, or strides, are known to be the same."""
+    return len(a) == len(b) and statically_known_true(sym_eq(tuple(a), tuple(b)))
+
+
+def laid_out(x: Tensor, order: tuple[int, ...]) -> tuple[Any, ...]:
+    """The strides of a tensor of x's shape whose dimensions are, from the outermost on in memory, in this order."""
+    strides: dict[int, Any] = {}
+    size: Any = 1
+    for dim in reversed(order):
+        strides[dim], size = size, size * x.shape[dim]
+    return tuple(strides[dim] for dim in range(x.ndim))

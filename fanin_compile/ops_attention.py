@@ -1,13 +1,16 @@
-"""Attention over past and new keys and values: schemas, plain-torch reference, fake kernels, autograd.
+"""Attention over cached, and new, keys and values: schemas, plain-torch reference, fake kernels, autograd.
 
+    attend_cache(query, keys, values, mask?, scale?)
+        y = scaled_dot_product_attention(query, keys, values, mask, scale)
     attend_appended(query, past_keys, keys, past_values, values, mask?, scale?)
         y = scaled_dot_product_attention(query, cat([past_keys, keys], -2), cat([past_values, values], -2), mask, scale)
     append_attend(...)
         y, and the two concatenations
 
 It is the step of a decoder with a cache: one query, or a few, reads all that came before it. torch copies the cache to
-append a row and then reads the copy. As for the linear operators (ops.py), the first call on CPU builds and loads the
-C++ kernel, which takes over the CPU and AutogradCPU keys; the reference serves everything else.
+append a row and then reads the copy; of a cache made for more tokens than there are yet, it reads all. As for the
+linear operators (ops.py), the first call on CPU builds and loads the C++ kernel, which takes over the CPU and
+AutogradCPU keys; the reference serves everything else.
 """
 
 from __future__ import annotations
@@ -25,10 +28,20 @@ _ARGUMENTS = (
     "(Tensor query, Tensor past_keys, Tensor keys, Tensor past_values, Tensor values, "
     "Tensor? mask=None, float? scale=None) -> "
 )
+_CACHE_ARGUMENTS = "(Tensor query, Tensor keys, Tensor values, Tensor? mask=None, float? scale=None) -> "
 Three = tuple[Tensor, Tensor, Tensor]
 
 
 # ---- the reference ---------------------------------------------------------------------------------------
+
+
+def reference_attend_cache(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """attend_cache in plain torch, for any dtype and device that torch attends in; differentiable. Args: see there."""
+    grouped = bool(query.shape[1] != keys.shape[1])
+    y = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def reference_append_attend(
@@ -45,11 +58,8 @@ def reference_append_attend(
     Args: see append_attend.
     """
     all_keys, all_values = torch.cat([past_keys, keys], -2), torch.cat([past_values, values], -2)
-    grouped = bool(query.shape[1] != keys.shape[1])
-    y = F.scaled_dot_product_attention(
-        query, all_keys, all_values, attn_mask=mask, scale=scale, enable_gqa=grouped
-    )
-    return y.transpose(1, 2).contiguous().transpose(1, 2), all_keys.contiguous(), all_values.contiguous()
+    y = reference_attend_cache(query, all_keys, all_values, mask, scale)
+    return y, all_keys.contiguous(), all_values.contiguous()
 
 
 def reference_attend_appended(*args: Any, **kwargs: Any) -> Tensor:
@@ -105,6 +115,26 @@ def attend_appended(
     return y
 
 
+def attend_cache(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale query K^T + mask) V for few queries and all keys and values of a cache.
+
+    Args:
+        query: [batch, group * heads, queries, dim], as in append_attend.
+        keys, values: [batch, heads, length, dim] and [batch, heads, length, width].
+        mask, scale: as in append_attend. Keys and values which a bool mask hides from all queries of a head may not be
+            read, so that a NaN or infinity there goes unseen.
+
+    Returns: y as of append_attend.
+
+    Raises:
+        ValueError: shapes that do not fit together. From the reference, torch's RuntimeError.
+    """
+    y: Tensor = torch.ops.fanin.attend_cache(query, keys, values, mask, scale)
+    return y
+
+
 # ---- registration ----------------------------------------------------------------------------------------
 
 
@@ -142,16 +172,23 @@ def _fake_attend_appended(*args: Any, **kwargs: Any) -> Tensor:
     return _fake_append_attend(*args, **kwargs)[0]
 
 
+def _fake_attend_cache(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    return _fake_append_attend(query, keys, keys[:, :, :0], values, values[:, :, :0])[0]
+
+
 _library = torch.library.Library("fanin", "FRAGMENT")
-for _name, _returns, _reference, _fake in (
-    ("attend_appended", "Tensor", reference_attend_appended, _fake_attend_appended),
-    ("append_attend", "(Tensor, Tensor, Tensor)", reference_append_attend, _fake_append_attend),
+for _name, _signature, _reference, _fake in (
+    ("attend_cache", _CACHE_ARGUMENTS + "Tensor", reference_attend_cache, _fake_attend_cache),
+    ("attend_appended", _ARGUMENTS + "Tensor", reference_attend_appended, _fake_attend_appended),
+    ("append_attend", _ARGUMENTS + "(Tensor, Tensor, Tensor)", reference_append_attend, _fake_append_attend),
 ):
     # Strides are handled inside, so inductor may hand over any.
     _tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
-    _library.define(_name + _ARGUMENTS + _returns, tags=_tags)
+    _library.define(_name + _signature, tags=_tags)
     # called by the C++ kernels: for what they do not know, and when a gradient is wanted
-    _library.define(f"{_name}_reference{_ARGUMENTS}{_returns}")
+    _library.define(f"{_name}_reference{_signature}")
     _library.impl(_name, until_native(_name, _reference), "CompositeExplicitAutograd")
     _library.impl(_name, _autograd(_name, _reference), "Autograd")  # any device; C++ takes AutogradCPU
     _library.impl(f"{_name}_reference", _reference, "CompositeImplicitAutograd")

@@ -18,6 +18,7 @@ from fanin_compile.passes.fold_scale import fold_scale
 from fanin_compile.passes.fuse_append_attention import fuse_append_attention
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
+from fanin_compile.passes.lower_cache_attention import lower_cache_attention
 from fanin_compile.passes.lower_depthwise import lower_depthwise
 from fanin_compile.passes.lower_max_pool import lower_max_pool
 from fanin_compile.passes.recognise_activations import recognise_activations
@@ -43,6 +44,7 @@ PIPELINE: tuple[Pass, ...] = (
     condense_conv,
     lower_depthwise,  # which of them stand beside condensed ones is known now
     fuse_append_attention,  # after neurons of heads were removed: what follows them knows torch's attention alone
+    lower_cache_attention,  # after that one, which appends to the cache
     lower_max_pool,  # before epilogues are fused: an activation costs less after its maximum
     fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs

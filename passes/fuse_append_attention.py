@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fanin_compile import ops_attention  # noqa: F401  (it defines the operators named below)
-from fanin_compile.attention import ATTENTION
+from fanin_compile.attention import ATTENTION, MOST_QUERIES, laid_out, repeats, same_shape
 from fanin_compile.graph import (
     Context,
     PassResult,
@@ -33,14 +32,9 @@ from fanin_compile.graph import (
     tensor_meta,
     writes_between,
 )
-from fanin_compile.moves import SLICE, VIEWS
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
-
-MOST_QUERIES = 8  # of a head: more are a product of matrices
-_MERGES = (*VIEWS, aten.clone.default, aten.contiguous.default)
-_UNSQUEEZE, _EXPAND = aten.unsqueeze.default, aten.expand.default
 
 
 @dataclass(frozen=True)
@@ -86,49 +80,15 @@ def fuse_append_attention(gm: fx.GraphModule, ctx: Context) -> PassResult:
 
 def _appended(node: object, reader: fx.Node) -> _Appended | None:
     """The concatenation that `node`, which `reader` reads, is or repeats the heads of."""
-    path: list[fx.Node] = []
-    while isinstance(node, fx.Node) and node.target in (*_MERGES, SLICE, _UNSQUEEZE, _EXPAND):
-        if list(node.users) != [path[0] if path else reader]:
-            return None
-        path.insert(0, node)
-        node = node.args[0]
-    meta = tensor_meta(node)
-    if not isinstance(node, fx.Node) or node.target is not aten.cat.default or meta is None:
+    cat, path, times = repeats(node, reader)
+    meta = tensor_meta(cat)
+    if not isinstance(cat, fx.Node) or cat.target is not aten.cat.default or meta is None:
         return None
-    tensors: Any = node.args[0]
-    if len(tensors) != 2 or bind_arguments(node)["dim"] % meta.ndim != meta.ndim - 2:
+    tensors: Any = cat.args[0]
+    if len(tensors) != 2 or bind_arguments(cat)["dim"] % meta.ndim != meta.ndim - 2:
         return None
-    times = _times(tuple(meta.shape), path)
     past, new = tensors
-    return None if times is None else _Appended(node, past, new, tuple(path), times)
-
-
-def _times(shape: tuple[Any, ...], path: list[fx.Node]) -> int | None:
-    """How often `path` repeats each head of a tensor of `shape`, if it does nothing else:
-
-    [b, h, t, d]  unsqueeze  [b, h, 1, t, d]  expand  [b, h, n, t, d]  reshape  [b, h * n, t, d]
-    """
-    if not path:
-        return 1
-    if len(shape) != 4 or not isinstance(shape[1], int) or shape[1] == 0:
-        return None
-    b, h, t, d = shape
-    n = path[-1].meta["val"].shape[1] // h
-    stages = (shape, (b, h, 1, t, d), (b, h, n, t, d), (b, h * n, t, d))
-    steps: tuple[tuple[object, ...], ...] = ((_UNSQUEEZE, *_MERGES), (_EXPAND,), _MERGES)
-    at = 0
-    for node in path:
-        found = tuple(node.meta["val"].shape)
-        if node.target is not _EXPAND and _same(found, stages[at]):  # a slice that takes all, a copy
-            continue
-        if at == len(steps) or node.target not in steps[at] or not _same(found, stages[at + 1]):
-            return None
-        at += 1
-    return {0: 1, len(steps): n}.get(at)
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and statically_known_true(sym_eq(a, b))
+    return _Appended(cat, past, new, path, times)
 
 
 def _replace(node: fx.Node, keys: _Appended, values: _Appended, args: tuple[Any, ...], *, kept: bool) -> None:
@@ -202,17 +162,8 @@ def _fits(
     same = [
         ((query.shape[0], query.shape[3]), (keys.shape[0], keys.shape[3])),
         (keys.shape[:2], values.shape[:2]),
-        *((t.stride(), _strides(t, (0, 1, 2, 3))) for t in (all_keys, all_values)),
+        *((t.stride(), laid_out(t, (0, 1, 2, 3))) for t in (all_keys, all_values)),
     ]
     if query.shape[2] != 1:  # of one query every layout is the same
-        same.append((y.stride(), _strides(y, (0, 2, 1, 3))))
-    return shared and all(_same(a, b) for a, b in same)
-
-
-def _strides(x: Tensor, order: tuple[int, ...]) -> tuple[Any, ...]:
-    """Of a tensor of this shape whose dimensions are, from the outermost on in memory, in this order."""
-    strides: dict[int, Any] = {}
-    size: Any = 1
-    for dim in reversed(order):
-        strides[dim], size = size, size * x.shape[dim]
-    return tuple(strides[dim] for dim in range(x.ndim))
+        same.append((y.stride(), laid_out(y, (0, 2, 1, 3))))
+    return shared and all(same_shape(a, b) for a, b in same)

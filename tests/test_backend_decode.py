@@ -55,9 +55,38 @@ def _decode(model: nn.Module, step: Any, *, padded: bool) -> tuple[list[Tensor],
     return logits, [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-def _lowered(compilation: Compilation) -> list[str]:
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_cache_made_for_all_tokens_is_written_in_place(name: str) -> None:
+    """transformers' StaticCache, prompt and steps both compiled, the prompt of the second image padded."""
+    model = _model(name)
+    ids = torch.randint(2, 99, (2, 9 + TOKENS), generator=torch.Generator().manual_seed(1))
+
+    def decode(step: Any, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        seen = torch.ones(2, 40, dtype=torch.long)
+        seen[1, :3] = 0
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+        heads = getattr(model.config, "num_key_value_heads", 4)
+        cache.early_initialization(2, heads, 16, dtype, torch.device("cpu"))
+        with torch.no_grad():
+            logits = [
+                step(input_ids=part, past_key_values=cache, use_cache=True, attention_mask=seen).logits
+                for part in ids.split([9, *(1 for _ in range(TOKENS))], 1)
+            ]
+        return logits, [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+    with record() as compilations:
+        found = decode(compiled(model), torch.float32)
+    assert_close_at_scale(found, decode(copy.deepcopy(model).double(), torch.float64))
+    details = [_lowered(c, "cache-attention") for c in compilations]
+    assert details == [
+        [],
+        2 * ["keys of a cache where they are, hidden ones unread"],
+    ]  # the prompt's, the steps'
+
+
+def _lowered(compilation: Compilation, became: str = "append-attention") -> list[str]:
     assert compilation.result is not None, compilation.untouched
-    return [r.detail for r in compilation.result.rewritten if r.became == "append-attention"]
+    return [r.detail for r in compilation.result.rewritten if r.became == became]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fanin_compile import ops
-from fanin_compile.ops_attention import append_attend, attend_appended
+from fanin_compile.ops_attention import append_attend, attend_appended, attend_cache
 
 from .helpers import assert_close_fp64
 from .strategies import seeds
@@ -211,6 +211,40 @@ def test_the_same_bits_for_any_thread_count_and_batch(shape: tuple[int, ...]) ->
     assert torch.equal(results[0][:1], attend_appended(q, pk, k, pv, v))
 
 
+@pytest.mark.parametrize("seen", [(0, 100), (0, 17), (16, 48), (21, 22), (3, 99), (99, 100), (0, 0)])
+@pytest.mark.parametrize("masks", ["one", "of each image", "of each query"])
+def test_a_cache_is_read_where_a_query_may_see_it(seen: tuple[int, int], masks: str) -> None:
+    case = simple(2, 3, 99, 24, group=2)
+    query = torch.randn(2, 6, 3, 24, generator=torch.Generator().manual_seed(1))
+    keys, values = torch.cat(case[1:3], -2), torch.cat(case[3:5], -2)
+    shape = {"one": (1, 1, 1, 100), "of each image": (2, 1, 1, 100), "of each query": (2, 6, 3, 100)}[masks]
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[..., seen[0] : seen[1]] = True
+    if masks != "one":
+        mask[1, ..., seen[0] : seen[0] + 1] = False
+    if masks == "of each query":
+        mask[0, 1] = False  # of that head only
+    poison()
+    y = attend_cache(query, keys, values, mask, 0.4)
+    assert y.transpose(1, 2).is_contiguous()
+    none = keys[:, :, :0], values[:, :, :0]
+    check(Case(query, keys, none[0], values, none[1], mask, 0.4))
+    assert torch.equal(y, append_attend(query, keys, none[0], values, none[1], mask, 0.4)[0])  # the same sums
+    before, behind = seen[0] - seen[0] % 16, seen[1]
+    for rows in (keys, values):
+        rows[:, :, :before] = rows[:, :, behind:] = torch.nan
+    assert torch.equal(attend_cache(query, keys, values, mask, 0.4), y)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
+def test_a_cache_without_rows_or_images(shape: tuple[int, int]) -> None:
+    batch, length = shape
+    keys = torch.randn(batch, 2, length, 8)
+    y = attend_cache(torch.randn(batch, 2, 1, 8), keys, keys, torch.ones(1, 1, 1, length, dtype=torch.bool))
+    assert y.shape == (batch, 2, 1, 8)
+    assert y.count_nonzero() == 0
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     case = simple(2, 3, 10, 8)
     query, past_keys, keys, past_values, values, *_ = case
@@ -233,3 +267,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         for op in (attend_appended, append_attend):
             with pytest.raises(ValueError, match=message):
                 op(*arguments)
+    with pytest.raises(ValueError, match=r"must be \[batch, heads, length, dim\], got \[3, 1, 8\]"):
+        attend_cache(query, keys[0], values)
+    with pytest.raises(ValueError, match="there are 1 keys and 10 values"):
+        attend_cache(query, keys, past_values)

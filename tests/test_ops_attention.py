@@ -10,11 +10,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from fanin_compile.ops_attention import append_attend, attend_appended, reference_append_attend
+from fanin_compile.ops_attention import (
+    append_attend,
+    attend_appended,
+    attend_cache,
+    reference_append_attend,
+    reference_attend_cache,
+)
 
 from .helpers import assert_close_at_scale
 
 OPS = (torch.ops.fanin.attend_appended.default, torch.ops.fanin.append_attend.default)
+CACHE = torch.ops.fanin.attend_cache.default
 
 
 def arguments(
@@ -32,11 +39,18 @@ def arguments(
     return [query, past_keys, keys, past_values, values, given[mask], 0.4]
 
 
-@pytest.mark.parametrize("op", OPS)
+def on_cache(arguments: list[Any]) -> list[Any]:
+    """The arguments of attend_cache where those of attend_appended are given."""
+    query, past_keys, keys, past_values, values, *others = arguments
+    return [query, torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2), *others]
+
+
+@pytest.mark.parametrize("op", [*OPS, CACHE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("past", "group", "mask"), [(5, 1, ""), (0, 2, "bool"), (7, 1, "float")])
 def test_opcheck(op: Any, dtype: torch.dtype, past: int, group: int, mask: str) -> None:
     args = arguments(past=past, group=group, mask=mask, dtype=dtype)
+    args = on_cache(args) if op is CACHE else args
     torch.library.opcheck(op, tuple(args))
     args = [
         a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
@@ -51,6 +65,8 @@ def test_gradients_agree_with_finite_differences(group: int, mask: str) -> None:
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
     for op in OPS:
         assert torch.autograd.gradcheck(lambda *t, op=op: op(*t, given, scale), tensors)
+    whole = [t.detach().requires_grad_() for t in on_cache(tensors)]
+    assert torch.autograd.gradcheck(lambda *t: CACHE(*t, given, scale), whole)
 
 
 def test_gradients_of_the_native_kernel_are_those_of_torch() -> None:
@@ -86,8 +102,14 @@ def test_reference_native_and_fake_have_one_layout(dtype: torch.dtype, group: in
     for others in (reference_append_attend(*args), append_attend(*on_meta)):
         for a, b in zip(results, others, strict=True):
             assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-    y, single = results[0], attend_appended(*on_meta)
-    assert (y.dtype, y.shape, y.stride()) == (single.dtype, single.shape, single.stride())
+    y, cached = results[0], on_cache(args)
+    for single in (
+        attend_appended(*on_meta),
+        attend_cache(*on_cache(on_meta)),
+        attend_cache(*cached),
+        reference_attend_cache(*cached),
+    ):
+        assert (y.dtype, y.shape, y.stride()) == (single.dtype, single.shape, single.stride())
     assert y.dtype == dtype
 
 

@@ -181,6 +181,66 @@ def _gpt2_decode_blocks(t: Any, small: bool, batch: int) -> ModelCase:
     return _decode(t, small, batch, head=False)
 
 
+class StaticDecode(nn.Module):
+    """A step for one new token on a cache made for `length` tokens, which it writes in place; always the same step."""
+
+    position: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        past: list[tuple[Tensor, Tensor]],
+        length: int,
+        cache_class: Any,
+        layer_class: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._length, self._cache_class, self._layer_class = length, cache_class, layer_class
+        self.register_buffer("position", torch.tensor(past[0][0].shape[2]))
+        for i, parts in enumerate(past):
+            for name, part in zip(("keys", "values"), parts, strict=True):
+                b, heads, tokens, size = part.shape
+                whole = torch.cat([part, torch.zeros(b, heads, length - tokens, size)], 2)
+                self.register_buffer(f"{name}{i}", whole)
+        self._layers = len(past)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        layers = []
+        for i in range(self._layers):
+            layer = self._layer_class(max_cache_len=self._length)
+            layer.keys, layer.values = getattr(self, f"keys{i}"), getattr(self, f"values{i}")
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+            layer.cumulative_length, layer.is_initialized = self.position.clone(), True
+            layers.append(layer)
+        return self.model(
+            input_ids=input_ids, past_key_values=self._cache_class(layers=layers), use_cache=True
+        )
+
+
+def _static_decode(t: Any, small: bool, batch: int, *, head: bool) -> ModelCase:
+    """Halfway through what the cache is made for."""
+    config = _gpt2_config(t, small)
+    model = (t.GPT2LMHeadModel if head else t.GPT2Model)(config).eval()
+    tokens = 7 if small else 127
+    shape = (batch, config.n_head, tokens, config.n_embd // config.n_head)
+    past = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.n_layer)]
+    ids = torch.randint(0, config.vocab_size, (batch, 1))
+    decode = StaticDecode(model, past, 2 * (tokens + 1), t.Cache, t.StaticLayer)
+    return ModelCase("gpt2-decode", decode, {"input_ids": ids}, "logits" if head else "last_hidden_state")
+
+
+@_maker("gpt2-static-decode")
+def _gpt2_static_decode(t: Any, small: bool, batch: int) -> ModelCase:
+    return _static_decode(t, small, batch, head=True)
+
+
+@_maker("gpt2-static-decode-blocks")
+def _gpt2_static_decode_blocks(t: Any, small: bool, batch: int) -> ModelCase:
+    """Without the dense head, as gpt2-decode-blocks."""
+    return _static_decode(t, small, batch, head=False)
+
+
 @_maker("llama")
 def _llama(t: Any, small: bool, batch: int) -> ModelCase:
     width = (

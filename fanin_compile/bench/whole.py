@@ -27,6 +27,8 @@ TARGETS = {
     "bert": {1: 4.0, 8: 4.0, 16: 4.0},
     "gpt2-decode": {1: 2.0},
     "gpt2-decode-blocks": {1: 4.0, 8: 5.0, 16: 5.0},
+    "gpt2-static-decode": {1: 2.0},
+    "gpt2-static-decode-blocks": {1: 4.0, 8: 5.0, 16: 5.0},
     "mlp": {1: 4.0, 8: 7.0, 16: 7.0},
     "resnet50": {1: 4.0, 8: 4.0},
     "mobilenet_v2": {1: 2.0, 8: 2.0},

@@ -1,5 +1,6 @@
 // Attention of few queries over many keys: scores of a tile of keys for all queries of their head, softmax, and the same over
-// the values. Each row of the cache is read once, and written on to the appended cache while it is in L1.
+// the values. Each row of the cache is read once, and written on to the appended cache while it is in L1; rows that no query
+// may see are not read.
 #include "attention.h"
 
 #include <algorithm>
@@ -14,34 +15,54 @@ namespace {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int64_t kTile = 16;   // rows
-constexpr int64_t kAhead = 4096;                // bytes: the hardware's own requests end with a page
+constexpr int64_t kAhead = 2;   // tiles that are requested before they are read
+static_assert(kTile % kLanes == 0);
 constexpr int64_t kStreamed = 256 << 10;        // bytes of an appended cache that a small L2 does not hold beside the old one
 
-// f(first row, its position, how many) for tiles of the rows of head h of image b; then they are copied, if they are wanted.
-template <class F>
-FANIN_INLINE void for_tiles(const Op& op, const Appended& a, int64_t b, int64_t h, const F& f) {
+// Rows of one head that are read together; none if count is 0.
+struct Tile {
+  const float* data;
+  int64_t stride, position, count, dim;
+};
+
+// Positions of keys, from `first` until before `last`.
+struct Span {
+  int64_t first, last;
+  int64_t length() const { return last - first; }
+};
+
+// The tile from `position` on of the rows of head h of image b, before `last`.
+FANIN_INLINE Tile tile_at(const Appended& a, int64_t b, int64_t h, int64_t position, int64_t last) {
+  const bool fresh = position >= a.past_length;
+  const Rows& rows = fresh ? a.fresh : a.past;
+  const int64_t i = fresh ? position - a.past_length : position, end = fresh ? last : std::min(last, a.past_length);
+  return {rows.data + b * rows.batch + h * rows.head + i * rows.row, rows.row, position,
+          std::max<int64_t>(0, std::min(kTile, end - position)), a.dim};
+}
+
+FANIN_INLINE void request_tile(const Tile& tile) {
+  for (int64_t j = 0; j < tile.count; ++j) request(tile.data + j * tile.stride, tile.data + j * tile.stride + tile.dim, 0);
+}
+
+// f(tile) for the tiles of these rows of head h of image b, each after next(); then they are copied, if they are wanted.
+template <class Next, class F>
+FANIN_INLINE void for_tiles(const Op& op, const Appended& a, int64_t b, int64_t h, Span span, const Next& next, const F& f) {
   const bool streams = op.batch * op.heads * a.length() * a.dim * static_cast<int64_t>(sizeof(float)) >= kStreamed;
   const auto copy = [&](float* to, const float* from, int64_t count) {
     if (streams) stream_copy(to, from, count);
     else std::memcpy(to, from, count * sizeof(float));
   };
-  const auto part = [&](const Rows& rows, int64_t position, int64_t length) __attribute__((always_inline)) {
-    if (length == 0) return;
-    const float* data = rows.data + b * rows.batch + h * rows.head;
-    float* to = a.all ? a.all + ((b * op.heads + h) * a.length() + position) * a.dim : nullptr;
-    for (int64_t i = 0; i < length; i += kTile) {
-      const int64_t count = std::min(kTile, length - i);
-      const float* tile = data + i * rows.row;
-      for (int64_t j = 0; j < count; ++j) request(tile + j * rows.row, tile + j * rows.row + a.dim, kAhead);
-      f(tile, rows.row, position + i, count);
-      if (!to) continue;
-      if (rows.row == a.dim) copy(to + i * a.dim, tile, count * a.dim);
-      else
-        for (int64_t j = 0; j < count; ++j) copy(to + (i + j) * a.dim, tile + j * rows.row, a.dim);
-    }
-  };
-  part(a.past, 0, a.past_length);
-  part(a.fresh, a.past_length, a.fresh_length);
+  for (int64_t at = span.first; at < span.last;) {
+    const Tile tile = tile_at(a, b, h, at, span.last);
+    next();
+    f(tile);
+    at += tile.count;
+    if (!a.all) continue;
+    float* to = a.all + ((b * op.heads + h) * a.length() + tile.position) * a.dim;
+    if (tile.stride == a.dim) copy(to, tile.data, tile.count * a.dim);
+    else
+      for (int64_t j = 0; j < tile.count; ++j) copy(to + j * a.dim, tile.data + j * tile.stride, a.dim);
+  }
 }
 
 template <int... B>
@@ -88,6 +109,22 @@ void apply_mask(const Mask& mask, int64_t at, int64_t length, float* scores) {
     const bool* m = static_cast<const bool*>(mask.data) + at;
     for (int64_t t = 0; t < length; ++t) scores[t] = m[t * mask.key] ? scores[t] : kHidden;
   }
+}
+
+// The least span that has all keys which the mask, at `at` for a query, shows.
+Span shown(const Mask& mask, int64_t at, int64_t length) {
+  if (mask.kind != Mask::Kind::hides) return {0, length};
+  const bool* m = static_cast<const bool*>(mask.data) + at;
+  const auto shows = [&](int64_t t) { return m[t * mask.key]; };
+  Span span{0, length};
+  if (mask.key == 1) {
+    const void* found = std::memchr(m, 1, length);
+    span.first = found ? static_cast<const bool*>(found) - m : length;
+  } else {
+    while (span.first < length && !shows(span.first)) ++span.first;
+  }
+  while (span.last > span.first && !shows(span.last - 1)) --span.last;
+  return span;
 }
 
 // Scores to weights that sum to one. Whole vectors are written.
@@ -140,35 +177,80 @@ int64_t scratch_floats(const Op& op) { return op.rows() * (pitch(op) + round_up(
 void run_heads(const Op& op, int64_t first, int64_t last, float* scratch) {
   const int64_t width = round_up(op.keys.dim, kLanes), line = pitch(op), rows = op.rows();
   float* const queries = scratch;                               // [rows, width], scaled
-  float* const scores = scratch + rows * width;                 // [rows, line]
+  float* const scores = scratch + rows * width;                 // [rows, line], from the first key seen on
+  const Mask& mask = op.mask;
+  const auto head_of = [&](int64_t h, int64_t r) { return h * op.group + r / op.queries; };
+  const auto mask_at = [&](int64_t b, int64_t h, int64_t r) {
+    return b * mask.batch + head_of(h, r) * mask.head + r % op.queries * mask.query;
+  };
+  // the keys that any query sees which reads the unit's head; all, if they are copied
+  const auto span_of = [&](int64_t unit) {
+    Span span{0, op.length()};
+    if (mask.kind != Mask::Kind::hides || op.keys.all) return span;
+    const int64_t masks = mask.head == 0 && mask.query == 0 ? std::min<int64_t>(1, rows) : rows;
+    span = {op.length(), 0};
+    for (int64_t r = 0; r < masks; ++r) {
+      const Span one = shown(mask, mask_at(unit / op.heads, unit % op.heads, r), op.length());
+      if (one.length() > 0) span = {std::min(span.first, one.first), std::max(span.last, one.last)};
+    }
+    if (span.length() <= 0) return Span{0, 0};
+    return Span{span.first - span.first % kTile, span.last};    // each key in the lane that it has among all: the same sums
+  };
+  // heads of an image share a mask most often
+  const auto same_mask = [&](int64_t unit) { return mask.head == 0 && unit % op.heads != 0; };
+  // requests run ahead through all tiles in the order in which they are read: keys, then values of head after head
+  struct {
+    int64_t unit, position;
+    Span span;
+    bool values;
+  } ahead{first - 1, 0, {}, true};
+  const auto request_next = [&] {
+    while (ahead.position >= ahead.span.last) {
+      ahead.values = !ahead.values;
+      if (!ahead.values) {
+        if (++ahead.unit >= last) {
+          ahead.unit = last - 1, ahead.values = true;
+          return;
+        }
+        if (ahead.unit == first || !same_mask(ahead.unit)) ahead.span = span_of(ahead.unit);
+      }
+      ahead.position = ahead.span.first;
+    }
+    const Appended& a = ahead.values ? op.values : op.keys;
+    const Tile tile = tile_at(a, ahead.unit / op.heads, ahead.unit % op.heads, ahead.position, ahead.span.last);
+    request_tile(tile);
+    ahead.position += tile.count;
+  };
+  for (int64_t i = 0; i < kAhead; ++i) request_next();
+  Span span{};
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t b = unit / op.heads, h = unit % op.heads;
-    const auto head_of = [&](int64_t r) { return h * op.group + r / op.queries; };
+    if (unit == first || !same_mask(unit)) span = span_of(unit);
     const auto y_of = [&](int64_t r) {
-      return op.y + ((b * op.queries + r % op.queries) * op.heads * op.group + head_of(r)) * op.values.dim;
+      return op.y + ((b * op.queries + r % op.queries) * op.heads * op.group + head_of(h, r)) * op.values.dim;
     };
     for (int64_t r = 0; r < rows; ++r) {
-      const float* q = op.query.data + b * op.query.batch + head_of(r) * op.query.head + r % op.queries * op.query.row;
+      const float* q = op.query.data + b * op.query.batch + head_of(h, r) * op.query.head + r % op.queries * op.query.row;
       float* to = queries + r * width;
       for (int64_t d = 0; d < op.keys.dim; ++d) to[d] = q[d] * op.scale;
       std::fill(to + op.keys.dim, to + width, 0.0f);
     }
-    for_tiles(op, op.keys, b, h, [&](const float* tile, int64_t stride, int64_t at, int64_t count) {
-      for (int64_t r = 0; r < rows; ++r) score(queries + r * width, tile, stride, count, op.keys.dim, scores + r * line + at);
+    for_tiles(op, op.keys, b, h, span, request_next, [&](const Tile& tile) {
+      for (int64_t r = 0; r < rows; ++r)
+        score(queries + r * width, tile.data, tile.stride, tile.count, tile.dim, scores + r * line + tile.position - span.first);
     });
     for (int64_t r = 0; r < rows; ++r) {
-      const Mask& m = op.mask;
-      apply_mask(m, b * m.batch + head_of(r) * m.head + r % op.queries * m.query, op.length(), scores + r * line);
-      softmax(scores + r * line, op.length());
+      apply_mask(mask, mask_at(b, h, r) + span.first * mask.key, span.length(), scores + r * line);
+      softmax(scores + r * line, span.length());
       std::fill_n(y_of(r), op.values.dim, 0.0f);
     }
-    for_tiles(op, op.values, b, h, [&](const float* tile, int64_t stride, int64_t at, int64_t count) {
+    for_tiles(op, op.values, b, h, span, request_next, [&](const Tile& tile) {
       for (int64_t r = 0; r < rows; ++r) {
-        const float* weights = scores + r * line + at;
+        const float* weights = scores + r * line + tile.position - span.first;
         float* y = y_of(r);
         int64_t i = 0;
-        for (; i + 4 <= count; i += 4) add_rows<4>(tile + i * stride, stride, weights + i, op.values.dim, y);
-        for (; i < count; ++i) add_rows<1>(tile + i * stride, stride, weights + i, op.values.dim, y);
+        for (; i + 4 <= tile.count; i += 4) add_rows<4>(tile.data + i * tile.stride, tile.stride, weights + i, tile.dim, y);
+        for (; i < tile.count; ++i) add_rows<1>(tile.data + i * tile.stride, tile.stride, weights + i, tile.dim, y);
       }
     });
   }

@@ -134,6 +134,24 @@ Result attend_cpu(const Tensor& query, const Tensor& past_keys, const Tensor& ke
   return result_of<Result>(attend<kAppends>(query, past_keys, keys, past_values, values, mask, scale));
 }
 
+Tensor attend_cache_cpu(const Tensor& query, const Tensor& keys, const Tensor& values, const OptTensor& mask,
+                        std::optional<double> scale) {
+  TORCH_CHECK_VALUE(keys.dim() == 4 && values.dim() == 4, "fanin: keys and values must be [batch, heads, length, dim], got ",
+                    keys.sizes(), " and ", values.sizes());
+  return attend_cpu<Tensor>(query, keys, keys.narrow(2, 0, 0), values, values.narrow(2, 0, 0), mask, scale);
+}
+
+Tensor attend_cache_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& keys, const Tensor& values,
+                             const OptTensor& mask, std::optional<double> scale) {
+  if (fanin::wants_grad(query, keys, values, mask)) {
+    static const auto reference = fanin::handle_of<decltype(attend_cache_cpu)>("fanin::attend_cache_reference");
+    return reference.call(query, keys, values, mask, scale);
+  }
+  static const auto op = fanin::handle_of<decltype(attend_cache_cpu)>("fanin::attend_cache");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.redispatch(keys_of & c10::after_autograd_keyset, query, keys, values, mask, scale);
+}
+
 // Below autograd unless a gradient is asked for; then the reference, of which torch knows the derivatives.
 template <class Result>
 Result attend_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& past_keys, const Tensor& keys,
@@ -151,11 +169,13 @@ Result attend_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fanin, CPU, m) {
+  m.impl("attend_cache", attend_cache_cpu);
   m.impl("attend_appended", attend_cpu<Tensor>);
   m.impl("append_attend", attend_cpu<Three>);
 }
 
 TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) {
+  m.impl("attend_cache", attend_cache_autograd);
   m.impl("attend_appended", attend_autograd<Tensor>);
   m.impl("append_attend", attend_autograd<Three>);
 }

@@ -71,6 +71,10 @@ struct Case {
       hides[i] = rng() % share != 0;
       adds[i] = rng() % 5 ? value() : -INFINITY;
     }
+    // as of a cache made for more, or of images padded before: rows hidden from all, before and behind the others
+    const int64_t length = p + n;
+    const int64_t first = length && rng() % 2 ? rng() % length : 0, last = length && rng() % 2 ? rng() % (length + 1) : length;
+    for (int64_t i = 0; i < size; ++i) hides[i] = hides[i] && i % length >= first && i % length < last;
     mask.data = mask.kind == attention::Mask::Kind::hides ? static_cast<const void*>(hides.get()) : adds.data();
   }
 };

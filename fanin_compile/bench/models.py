@@ -209,7 +209,11 @@ class StaticDecode(nn.Module):
         layers = []
         for i in range(self._layers):
             layer = self._layer_class(max_cache_len=self._length)
-            layer.keys, layer.values = getattr(self, f"keys{i}"), getattr(self, f"values{i}")
+            # detached: where gradients are wanted, the buffers themselves take no part in their graph
+            layer.keys, layer.values = (
+                getattr(self, f"keys{i}").detach(),
+                getattr(self, f"values{i}").detach(),
+            )
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
             layer.cumulative_length, layer.is_initialized = self.position.clone(), True
             layers.append(layer)

@@ -268,7 +268,21 @@ def test_inactive_inputs_are_not_read_into_the_result(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(
     ("shape", "size", "batch"),
-    [((64, 64, 3, 3), 30, 1), ((300, 90, 3, 3), 7, 1), ((300, 90, 1, 1), 14, 3), ((90, 64, 3, 3), 14, 5)],
+    [
+        *(
+            ((64, 64, 3, 3), 30, 1),
+            ((300, 90, 3, 3), 7, 1),
+            ((300, 90, 1, 1), 14, 3),
+            ((90, 64, 3, 3), 14, 5),
+        ),
+        # seven rows of four tiles in two units or more, which threads share by tiles; of pointwise tiles their vectors
+        *(
+            ((64, 64, 3, 3), 56, 1),
+            ((40, 1024, 1, 1), 14, 1),
+            ((64, 256, 1, 1), 56, 3),
+            ((70, 30, 1, 1), 7, 1),
+        ),
+    ],
 )
 def test_the_same_bits_for_any_thread_count(shape: tuple[int, ...], size: int, batch: int) -> None:
     weight = random_weight(shape, 0.1, ragged=True)
@@ -276,13 +290,12 @@ def test_the_same_bits_for_any_thread_count(shape: tuple[int, ...], size: int, b
     x, before = torch.randn(batch, shape[1], size, size), torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             results.append(check(weight, x, g, activation="silu"))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], result) for result in results)
 
 
 def test_fillers_of_rows_side_by_side_read_zeros() -> None:

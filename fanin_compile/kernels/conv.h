@@ -16,6 +16,7 @@ struct Shape {
   int64_t images;               // of a batch, that may share a vector: a power of two, at most kMaxLanes
   int64_t in_channels, out_channels, groups;
   Dims in, kernel, stride, padding, dilation, out;
+  bool shared;                  // units of an image by threads, so that they should be equal
   bool operator==(const Shape&) const = default;
 
   int64_t group_channels() const { return in_channels / groups; }
@@ -153,10 +154,15 @@ struct Op {
 
 // Floats of scratch that a run() needs on its thread.
 int64_t scratch_floats(const Op& op);
-// What of a unit one thread computes: of its `parts` equal parts of blocks of rows, or of its tiles' rows where there is one block.
-struct Part {
-  int64_t part, parts;
+struct Range {
+  int64_t first, last;
 };
+// What of a unit one thread computes: blocks of output channels, for these rows of its tiles.
+struct Part {
+  Range blocks, rows;
+};
+// Of `parts` about equal ones: of blocks, or of rows where there is one block.
+Part part_of(const Op& op, int64_t unit, int64_t part, int64_t parts);
 // The group of images that starts at `image`, one unit of their tiles.
 void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch);
 // The output channels that no row reaches, of one image.
@@ -169,10 +175,7 @@ inline constexpr int64_t kChannelsAhead = 3;                  // channels lie fa
 // Spatial layers: Layout's tables for it, and the packing itself.
 void make_weaves(const Shape& shape, Layout& layout);
 void weave(const Op& op, int64_t image, int64_t unit, float* planes);
-struct Range {
-  int64_t first, last;          // of Layout::tiles
-};
-// x of some tiles of a unit. Spatial: of all of them, [in_channels][Layout::channel], from the first position of the unit's
+// x of some of Layout::tiles, of one unit. Spatial: of all of them, [in_channels][Layout::channel], from the first position of the unit's
 // first row. Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
 void pack(const Op& op, int64_t image, int64_t unit, Range tiles, float* planes);
 int64_t pack_floats(const Geometry& geometry);  // that it needs, for planes and itself

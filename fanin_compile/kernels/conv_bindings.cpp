@@ -93,23 +93,54 @@ int64_t split_of(int64_t items, int64_t most, int64_t threads) {
   return parts;
 }
 
+struct Place {
+  int64_t group, tile;
+};
+
+// Which tiles of all groups of images threads [from, to) compute: of each about equally many vectors, a tile being packed by
+// itself.
+std::pair<Place, Place> tiles_of(const conv::Layout& l, int64_t groups, std::pair<int64_t, int64_t> of, int64_t threads) {
+  const int64_t vectors = l.tiles.back().x + l.tiles.back().vectors;
+  const auto place = [&](int64_t thread) {
+    const int64_t before = groups * vectors * thread / threads, within = before % vectors;
+    Place p{before / vectors, 0};
+    for (const conv::Tile& tile : l.tiles) p.tile += 2 * tile.x + tile.vectors < 2 * within;      // most of it comes before
+    return p;
+  };
+  return {place(of.first), place(of.second)};
+}
+
 void run(const conv::Op& op, int64_t threads) {
   const conv::Layout& l = op.geometry->layout;
   const conv::Structure& w = *op.weight;
-  const int64_t items = (op.batch + l.images - 1) / l.images * l.units(), split = split_of(items, l.parts(w.blocks), threads);
+  const int64_t groups = (op.batch + l.images - 1) / l.images, items = groups * l.units();
   const auto spread = [&](int64_t count, const auto& f) {
     if (count <= 1 || threads == 1) f(0, count);
     else at::parallel_for(0, count, 1, f);
   };
   const int64_t floats = conv::scratch_floats(op);
-  if (w.live > 0)
+  if (w.live > 0 && l.pointwise && w.blocks == 1) {
+    spread(threads, [&](int64_t from, int64_t to) {
+      float* scratch = fanin::scratch(floats);
+      const auto [first, last] = tiles_of(l, groups, {from, to}, threads);
+      for (int64_t group = first.group; group <= last.group && group < groups; ++group)
+        for (int64_t unit = 0; unit < l.units(); ++unit) {
+          const int64_t begin = group == first.group ? std::max(first.tile, l.unit[unit]) : l.unit[unit];
+          const int64_t end = group == last.group ? std::min(last.tile, l.unit[unit + 1]) : l.unit[unit + 1];
+          if (begin < end)
+            conv::run(op, group * l.images, unit, {{0, 1}, {begin - l.unit[unit], end - l.unit[unit]}}, scratch);
+        }
+    });
+  } else if (w.live > 0) {
+    const int64_t split = split_of(items, l.parts(w.blocks), threads);
     spread(items * split, [&](int64_t from, int64_t to) {
       float* scratch = fanin::scratch(floats);
       for (int64_t i = from; i < to; ++i) {
         const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
-        conv::run(op, image, unit, {part, split}, scratch);
+        conv::run(op, image, unit, conv::part_of(op, unit, part, split), scratch);
       }
     });
+  }
   if (w.live < w.out)
     spread(op.batch, [&](int64_t from, int64_t to) {
       for (int64_t image = from; image < to; ++image) conv::run_dead(op, image);
@@ -130,7 +161,10 @@ Tensor compute(const Tensor& x, const Tensor& values, const Tensor& structure, c
   const conv::Structure& weight = structure_of(structure, values);
   const bool unbatched = x.dim() + 1 == static_cast<int64_t>(weight_shape.size());
   const Tensor images = unbatched ? at::unsqueeze(x, 0) : x;
-  const conv::Shape shape = shape_of(images, weight_shape, stride, padding, dilation, groups);
+  conv::Shape shape = shape_of(images, weight_shape, stride, padding, dilation, groups);
+  constexpr int64_t kWorthThreads = 1 << 16;    // multiply-adds
+  const int64_t threads = images.size(0) * weight.nnz * shape.pixels_out() < kWorthThreads ? 1 : at::get_num_threads();
+  shape.shared = images.size(0) % threads != 0;
   TORCH_CHECK_VALUE(weight.out == shape.out_channels && weight.group_channels == shape.group_channels() &&
                         weight.groups == groups && weight.taps == shape.taps(),
                     "fanin: weight_shape ", weight_shape, " and groups ", groups, " are not those of the packed weight: ",
@@ -161,8 +195,7 @@ Tensor compute(const Tensor& x, const Tensor& values, const Tensor& structure, c
     op.bias = bias ? bc.const_data_ptr() : nullptr, op.bias_type = bias ? *dtype_of(bc) : fanin::DType::f32;
     op.residual = added ? rc.const_data_ptr() : nullptr;
     op.y = y.mutable_data_ptr(), op.channels_last = format != at::MemoryFormat::Contiguous, op.act = act_of(activation);
-    constexpr int64_t kWorthThreads = 1 << 16;  // multiply-adds
-    run(op, op.batch * weight.nnz * shape.pixels_out() < kWorthThreads ? 1 : at::get_num_threads());
+    run(op, threads);
   }
   return unbatched ? y.squeeze(0) : y;
 }

@@ -78,17 +78,21 @@ void cut_tiles(Layout& l) {
       }
 }
 
-// As few units as packed(tiles) bytes allow, of about equal size, each of whole rows of `across` tiles.
+// As few units as packed(tiles) bytes allow, of about equal size and whole rows of `across` tiles. Where those do not come out
+// even and threads share them, units end within rows, which are packed twice.
 template <class F>
-void cut_units(Layout& l, int64_t across, const F& packed) {
+void cut_units(Layout& l, int64_t across, bool shared, const F& packed) {
   const int64_t rows = static_cast<int64_t>(l.tiles.size()) / across;
   int64_t most = 1;
   while (most < rows && packed((most + 1) * across) <= unit_bytes()) ++most;
   const int64_t units = ceil_div(rows, most);
-  for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * rows / units * across);
-  l.unit_tiles = ceil_div(rows, units) * across;
-  l.unit_rows = 0;
-  for (int64_t u = 0; u < units; ++u) l.unit_rows = std::max(l.unit_rows, l.rows_in(u));
+  const int64_t step = shared && rows % units != 0 ? 1 : across;
+  for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * (rows * across / step) / units * step);
+  l.unit_tiles = l.unit_rows = 0;
+  for (int64_t u = 0; u < units; ++u) {
+    l.unit_tiles = std::max(l.unit_tiles, l.unit[u + 1] - l.unit[u]);
+    l.unit_rows = std::max(l.unit_rows, l.rows_in(u));
+  }
 }
 
 bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
@@ -135,7 +139,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
     for (int64_t i = first; i < last; ++i) stop = std::max(stop, l.stop(l.tiles[i]));
     return (ceil_div(stop + l.span, l.pitch) - l.at(l.tiles[first]) / l.pitch) * l.pitch * kLanes;
   };
-  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), [&](int64_t tiles) {
+  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), s.shared, [&](int64_t tiles) {
     return floats(0, tiles) * phases * s.in_channels * int64_t{sizeof(float)};
   });
   for (int64_t u = 0; u < l.units(); ++u) l.plane = std::max(l.plane, floats(l.unit[u], l.unit[u + 1]));
@@ -161,7 +165,7 @@ void make_pointwise(const Shape& s, Layout& l) {
     l.tiles.push_back({0, 0, from, 1, static_cast<int>((i + 1) * vectors / tiles - from)});
   }
   l.plane = l.channel = (l.together == 1 ? std::min(vectors, most) : most) * kLanes;        // codes count by it
-  cut_units(l, 1, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
+  cut_units(l, 1, s.shared, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
 }
 
 }  // namespace

@@ -70,6 +70,7 @@ Case random_case() {
     s.in[d] = used ? least + pick({0, 1, 5, 8, 13, d == 0 ? int64_t{2} : int64_t{40}}) : 1;
     s.out[d] = (s.in[d] + 2 * s.padding[d] - s.dilation[d] * (s.kernel[d] - 1) - 1) / s.stride[d] + 1;
   }
+  s.shared = rng() % 2;
   s.groups = pick({1, 1, 1, 2, 3});
   s.in_channels = s.groups * pick({1, 3, 8, 17, 40}), s.out_channels = s.groups * pick({1, 5, 16, 21});
   c.batch = pick({1, 2, 3, 9}), s.images = c.batch == 9 ? 8 : c.batch > 1 ? 2 : 1;
@@ -209,7 +210,7 @@ double worst_excess(const Case& c) {
     std::fill_n(scratch.get(), floats, NAN);
     for (int64_t image = 0; image < c.batch; image += geometry.layout.images)
       for (int64_t unit = 0; unit < geometry.layout.units(); ++unit)
-        conv::run(op, image, unit, {part, split}, scratch.get());
+        conv::run(op, image, unit, conv::part_of(op, unit, part, split), scratch.get());
   }
   for (int64_t image = 0; image < c.batch; ++image) conv::run_dead(op, image);
 

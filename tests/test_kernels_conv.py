@@ -275,7 +275,7 @@ def test_inactive_inputs_are_not_read_into_the_result(dtype: torch.dtype) -> Non
             ((300, 90, 1, 1), 14, 3),
             ((90, 64, 3, 3), 14, 5),
         ),
-        # seven rows of four tiles in two units or more, which threads share by tiles; of pointwise tiles their vectors
+        # seven rows of four tiles in two units or more, which end within rows for more than one thread
         *(
             ((64, 64, 3, 3), 56, 1),
             ((40, 1024, 1, 1), 14, 1),

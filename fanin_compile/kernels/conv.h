@@ -154,15 +154,10 @@ struct Op {
 
 // Floats of scratch that a run() needs on its thread.
 int64_t scratch_floats(const Op& op);
-struct Range {
-  int64_t first, last;
-};
-// What of a unit one thread computes: blocks of output channels, for these rows of its tiles.
+// What of a unit one thread computes: of its `parts` equal parts of blocks of rows, or of its tiles' rows where there is one block.
 struct Part {
-  Range blocks, rows;
+  int64_t part, parts;
 };
-// Of `parts` about equal ones: of blocks, or of rows where there is one block.
-Part part_of(const Op& op, int64_t unit, int64_t part, int64_t parts);
 // The group of images that starts at `image`, one unit of their tiles.
 void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch);
 // The output channels that no row reaches, of one image.
@@ -175,7 +170,10 @@ inline constexpr int64_t kChannelsAhead = 3;                  // channels lie fa
 // Spatial layers: Layout's tables for it, and the packing itself.
 void make_weaves(const Shape& shape, Layout& layout);
 void weave(const Op& op, int64_t image, int64_t unit, float* planes);
-// x of some of Layout::tiles, of one unit. Spatial: of all of them, [in_channels][Layout::channel], from the first position of the unit's
+struct Range {
+  int64_t first, last;          // of Layout::tiles
+};
+// x of some tiles of a unit. Spatial: of all of them, [in_channels][Layout::channel], from the first position of the unit's
 // first row. Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
 void pack(const Op& op, int64_t image, int64_t unit, Range tiles, float* planes);
 int64_t pack_floats(const Geometry& geometry);  // that it needs, for planes and itself

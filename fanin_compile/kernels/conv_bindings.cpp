@@ -93,54 +93,23 @@ int64_t split_of(int64_t items, int64_t most, int64_t threads) {
   return parts;
 }
 
-struct Place {
-  int64_t group, tile;
-};
-
-// Which tiles of all groups of images threads [from, to) compute: of each about equally many vectors, a tile being packed by
-// itself.
-std::pair<Place, Place> tiles_of(const conv::Layout& l, int64_t groups, std::pair<int64_t, int64_t> of, int64_t threads) {
-  const int64_t vectors = l.tiles.back().x + l.tiles.back().vectors;
-  const auto place = [&](int64_t thread) {
-    const int64_t before = groups * vectors * thread / threads, within = before % vectors;
-    Place p{before / vectors, 0};
-    for (const conv::Tile& tile : l.tiles) p.tile += 2 * tile.x + tile.vectors < 2 * within;      // most of it comes before
-    return p;
-  };
-  return {place(of.first), place(of.second)};
-}
-
 void run(const conv::Op& op, int64_t threads) {
   const conv::Layout& l = op.geometry->layout;
   const conv::Structure& w = *op.weight;
-  const int64_t groups = (op.batch + l.images - 1) / l.images, items = groups * l.units();
+  const int64_t items = (op.batch + l.images - 1) / l.images * l.units(), split = split_of(items, l.parts(w.blocks), threads);
   const auto spread = [&](int64_t count, const auto& f) {
     if (count <= 1 || threads == 1) f(0, count);
     else at::parallel_for(0, count, 1, f);
   };
   const int64_t floats = conv::scratch_floats(op);
-  if (w.live > 0 && l.pointwise && w.blocks == 1) {
-    spread(threads, [&](int64_t from, int64_t to) {
-      float* scratch = fanin::scratch(floats);
-      const auto [first, last] = tiles_of(l, groups, {from, to}, threads);
-      for (int64_t group = first.group; group <= last.group && group < groups; ++group)
-        for (int64_t unit = 0; unit < l.units(); ++unit) {
-          const int64_t begin = group == first.group ? std::max(first.tile, l.unit[unit]) : l.unit[unit];
-          const int64_t end = group == last.group ? std::min(last.tile, l.unit[unit + 1]) : l.unit[unit + 1];
-          if (begin < end)
-            conv::run(op, group * l.images, unit, {{0, 1}, {begin - l.unit[unit], end - l.unit[unit]}}, scratch);
-        }
-    });
-  } else if (w.live > 0) {
-    const int64_t split = split_of(items, l.parts(w.blocks), threads);
+  if (w.live > 0)
     spread(items * split, [&](int64_t from, int64_t to) {
       float* scratch = fanin::scratch(floats);
       for (int64_t i = from; i < to; ++i) {
         const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
-        conv::run(op, image, unit, conv::part_of(op, unit, part, split), scratch);
+        conv::run(op, image, unit, {part, split}, scratch);
       }
     });
-  }
   if (w.live < w.out)
     spread(op.batch, [&](int64_t from, int64_t to) {
       for (int64_t image = from; image < to; ++image) conv::run_dead(op, image);

@@ -118,17 +118,15 @@ struct Parts {
 
 int64_t scratch_floats(const Op& op) { return Parts(op).end; }
 
-Part part_of(const Op& op, int64_t unit, int64_t part, int64_t parts) {
-  const auto cut = [&](int64_t count) { return Range{count * part / parts, count * (part + 1) / parts}; };
-  const int64_t rows = op.geometry->layout.rows_in(unit);
-  return op.weight->blocks > 1 ? Part{cut(op.weight->blocks), {0, rows}} : Part{{0, 1}, cut(rows)};
-}
-
 void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Structure& w = *op.weight;
   const Layout& l = op.geometry->layout;
-  const auto [first_block, last_block] = part.blocks;
-  auto [first_row, last_row] = part.rows;
+  const auto cut = [&](int64_t count, int64_t at) { return count * at / part.parts; };
+  const bool by_block = w.blocks > 1;
+  const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
+  // of one block, threads share the rows of all tiles
+  const int64_t rows = l.rows_in(unit);
+  int64_t first_row = by_block ? 0 : cut(rows, part.part), last_row = by_block ? rows : cut(rows, part.part + 1);
   if (first_block == last_block || first_row == last_row) return;
   Range tiles{l.unit[unit], l.unit[unit + 1]};
   if (l.pointwise) {            // a tile is a row, and packed by itself

@@ -210,7 +210,7 @@ double worst_excess(const Case& c) {
     std::fill_n(scratch.get(), floats, NAN);
     for (int64_t image = 0; image < c.batch; image += geometry.layout.images)
       for (int64_t unit = 0; unit < geometry.layout.units(); ++unit)
-        conv::run(op, image, unit, conv::part_of(op, unit, part, split), scratch.get());
+        conv::run(op, image, unit, {part, split}, scratch.get());
   }
   for (int64_t image = 0; image < c.batch; ++image) conv::run_dead(op, image);
 

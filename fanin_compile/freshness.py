@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fanin_compile.kernels import build
 
 _generation = 0
-_MOST_WORDS = 7 + 2 * 64  # of a tensor's state: torch allows for 64 dimensions
+_MOST_WORDS = 8 + 2 * 64  # of a tensor's state: torch allows for 64 dimensions
 
 
 def refresh() -> None:
@@ -105,8 +105,8 @@ def _native_check(
     buffer = (ctypes.c_int64 * _MOST_WORDS)()
     words = array.array("q")
     for place, tensor in zip((*positions, *(-1 for _ in witnesses)), (*tensors, *witnesses), strict=True):
-        count = library.fanin_state(tensor, buffer, _MOST_WORDS)
-        if buffer[0] != tensor._cdata:
+        count = library.fanin_state(tensor, tensor._cdata, buffer, _MOST_WORDS)
+        if count == 0:
             return None
         words.extend((place, id(tensor), *buffer[:count]))
     address, count = words.buffer_info()

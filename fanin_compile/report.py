@@ -22,6 +22,9 @@ from fanin_compile.layers import CondensedConv, CondensedLayer
 from fanin_compile.options import Options
 from fanin_compile.records import Layer, Skip
 
+# operators without masks that run in kernels of ours
+BESIDE = ("append-attention", "cache-attention", "depthwise-conv", "max-pool")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -158,6 +161,7 @@ def _explain_compiled(
         else:
             layers += _graph_layers(compilation.result)
             notes += [_note(skip) for skip in _skipped_beside(compilation.result)]
+            notes += _lowered_beside(compilation.result)
     if len(compilations) != 1:
         notes.append(f"Dynamo made {len(compilations)} graphs of this model")
     notes += _unseen(model, {layer.name for layer in layers})
@@ -272,18 +276,30 @@ def _unsupported(model: nn.Module) -> Iterator[str]:
 
 
 def _exported_notes(result: PipelineResult, unsupported: Sequence[Skip]) -> Iterator[str]:
-    """What the model had that condense() knows no form of, and what passes said of nodes that are no layer."""
+    """What condense() knows no form of, and what passes said of, or did to, nodes that are no layer."""
     known = {skip.layer for skip in unsupported}
     yield from (_note(skip) for skip in unsupported)
     for skip in _skipped_beside(result):
         if skip.layer.removesuffix("weight").removesuffix(".") not in known:  # a pass names it by its weight
             yield _note(skip)
+    yield from _lowered_beside(result)
 
 
 def _skipped_beside(result: PipelineResult) -> Iterator[Skip]:
     """The refusals that are in no row of the table."""
     found = {layer.name for layer in result.found}
     return (skip for skip in result.skipped if skip.layer not in found)
+
+
+def _lowered_beside(result: PipelineResult) -> Iterator[str]:
+    """What became of operators without masks, alike ones in one note."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for done in result.rewritten:
+        if done.became in BESIDE:
+            alike.setdefault((done.became, done.detail), []).append(done.layer)
+    for (became, detail), names in alike.items():
+        others = f" and {len(names) - 1} alike" if len(names) > 1 else ""
+        yield f"{names[0]}{others}: {became}, {detail}" if detail else f"{names[0]}{others}: {became}"
 
 
 def _note(skip: Skip) -> str:

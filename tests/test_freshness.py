@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable
@@ -53,6 +54,7 @@ SEEN: dict[str, Callable[[nn.Parameter], object]] = {
     "transposed": lambda p: setattr(p, "data", p.detach().t()),
     "another shape": lambda p: setattr(p, "data", p.detach().view(2, 8)),
     "another dtype": lambda p: setattr(p, "data", p.detach().view(torch.int32).view(torch.float16)),
+    "another class": lambda p: setattr(p, "__class__", type("Mine", (nn.Parameter,), {})),
     "negated view": lambda p: setattr(p, "data", torch._neg_view(p.detach())),
 }
 KEEPS_KIND = ("other object", "same storage, other object", ".data =", "in place", "swapped")
@@ -70,6 +72,16 @@ def test_changes_are_seen_and_renew_forgets_them(change: str) -> None:
     assert watch.same_kind(args) == (change in KEEPS_KIND)
     watch.renew((1, 3), args)
     assert watch.fresh(args)
+
+
+def test_a_layout_of_objects_that_the_kernels_do_not_expect_is_left_to_python(way: str) -> None:
+    library = build.python_library()
+    if library is None:
+        assert way == "python"
+        pytest.skip("of the native walk")
+    tensor, buffer = randn(3), (ctypes.c_int64 * 200)()
+    assert library.fanin_state(tensor, tensor._cdata + 8, buffer, 200) == 0
+    assert library.fanin_state(tensor, tensor._cdata, buffer, 200) == 8 + 2
 
 
 def test_addresses_that_come_back_do_not_deceive() -> None:

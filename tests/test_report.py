@@ -226,6 +226,21 @@ def test_refusals_of_nodes_that_are_no_layer_are_noted() -> None:
     assert "max pool: its indices are read" in note
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_operators_that_run_in_kernels_of_ours_are_noted(graph: bool) -> None:
+    torch.manual_seed(0)
+    convs, pool = [_pruned(nn.Conv2d(16, 16, 3)) for _ in range(2)], nn.MaxPool2d(2)
+    model, x = nn.Sequential(convs[0], pool, convs[1], pool).eval(), randn(2, 16, 19, 19)
+    with torch.no_grad():
+        if graph:
+            report = explain(condense(model, example_inputs=(x,)))
+        else:
+            report = explain(model, x, options={"cost_gate": False})
+    (note,) = report.notes
+    assert note == "max_pool2d and 1 alike: max-pool, planar kernel"
+    assert f"note: {note}" in str(report)
+
+
 def test_graph_breaks_and_untouched_graphs_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaks(MLP):
         def forward(self, x: Tensor) -> Tensor:

@@ -208,6 +208,7 @@ def _python_library(path: Path) -> ctypes.PyDLL | None:
         state, unchanged = library.fanin_state, library.fanin_unchanged
     except AttributeError:
         return None
-    state.argtypes, state.restype = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+    state.argtypes = (ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+    state.restype = ctypes.c_int64
     unchanged.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64)
     return library

@@ -6,10 +6,12 @@
 #include <Python.h>
 #include <ATen/core/Tensor.h>
 
+#include <cstring>
+
 namespace {
 
 // How torch lays out its Python objects (torch/csrc/autograd/python_variable.h, which takes nine seconds to compile);
-// freshness.py compares with Tensor._cdata.
+// fanin_state() compares with Tensor._cdata.
 struct TensorObject {
   PyObject_HEAD
   at::Tensor tensor;
@@ -21,7 +23,7 @@ bool visit(PyObject* object, const F& word) {
   const at::Tensor& t = reinterpret_cast<TensorObject*>(object)->tensor;
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
   const auto at = [&](const void* address) { return word(static_cast<int64_t>(reinterpret_cast<intptr_t>(address))); };
-  bool same = at(impl) && at(t.storage().unsafeGetStorageImpl()) && at(t.const_data_ptr()) &&
+  bool same = at(Py_TYPE(object)) && at(impl) && at(t.storage().unsafeGetStorageImpl()) && at(t.const_data_ptr()) &&
               word(impl->version_counter().current_version()) && word(static_cast<int64_t>(impl->key_set().raw_repr())) &&
               word(static_cast<int64_t>(t.scalar_type())) && word(t.dim());
   for (const int64_t size : t.sizes()) same = same && word(size);
@@ -33,8 +35,13 @@ bool visit(PyObject* object, const F& word) {
 
 #define FANIN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The number of words of the tensor's state, the first `capacity` of which are written.
-FANIN_EXPORT int64_t fanin_state(PyObject* tensor, int64_t* words, int64_t capacity) {
+// The number of words of the tensor's state, the first `capacity` of which are written. 0: it does not hold its address, `cdata`,
+// where it is expected, and nothing else is read.
+FANIN_EXPORT int64_t fanin_state(PyObject* tensor, int64_t cdata, int64_t* words, int64_t capacity) {
+  static_assert(sizeof(at::Tensor) == sizeof(int64_t));
+  int64_t found;
+  std::memcpy(&found, &reinterpret_cast<TensorObject*>(tensor)->tensor, sizeof(found));
+  if (found != cdata) return 0;
   int64_t count = 0;
   visit(tensor, [&](int64_t w) {
     if (count < capacity) words[count] = w;

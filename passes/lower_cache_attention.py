@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile import ops_attention  # noqa: F401  (it defines the operator named below)
-from fanin_compile.attention import ATTENTION, MOST_QUERIES, laid_out, repeats, same_shape
+from fanin_compile.attention import ATTENTION, MOST_QUERIES, Repeated, laid_out, repeats, same_shape
 from fanin_compile.graph import (
     Context,
     PassResult,
@@ -50,7 +50,7 @@ def lower_cache_attention(gm: fx.GraphModule, ctx: Context) -> PassResult:
         keys, values = (repeats(bound[name], node) for name in ("key", "value"))
         if not (_is_cache(keys.source) and _is_cache(values.source)):
             continue
-        refusal = _refusal(node, bound)
+        refusal = _refusal(node, bound, keys, values)
         if refusal is not None:
             skipped.append(refusal)
             continue
@@ -74,11 +74,10 @@ def _is_cache(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
-def _refusal(node: fx.Node, bound: dict[str, Any]) -> Skip | None:
+def _refusal(node: fx.Node, bound: dict[str, Any], keys: Repeated, values: Repeated) -> Skip | None:
     def refuse(reason: str, **given: object) -> Skip:
         return Skip(node.name, f"attention over a cache: {reason}", given)
 
-    keys, values = (repeats(bound[name], node) for name in ("key", "value"))
     query, k, v, y = (tensor_meta(part) for part in (bound["query"], keys.source, values.source, node))
     assert query is not None
     if k is None or v is None or y is None or k.ndim != 4 or v.ndim != 4:

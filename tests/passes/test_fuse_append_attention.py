@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fanin_compile
@@ -21,45 +20,18 @@ from tests.compile_support import (
     assert_equals_model,
     compiled,
     no_warning_of_ours,
-    randn,
     recorded,
-    sparse_linear,
 )
+from tests.passes.attention_support import HEADS, Body, Step, step_inputs
 from tests.passes.support import calls, graph_of, position, run
 
 aten = torch.ops.aten
 ATTEND, APPEND = torch.ops.fanin.attend_appended.default, torch.ops.fanin.append_attend.default
-HEADS, SIZE = 4, 8
-WIDTH = HEADS * SIZE
 sdpa = F.scaled_dot_product_attention
-Body = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor], Any
-]  # (query, past keys, keys, past values, values)
-
-
-class _Step(nn.Module):
-    """A masked projection, split into heads, and a body between the heads and what reads them."""
-
-    def __init__(self, body: Body, *, key_heads: int = HEADS) -> None:
-        super().__init__()
-        self.sizes = [WIDTH, key_heads * SIZE, key_heads * SIZE]
-        self.qkv, self.out = sparse_linear(24, sum(self.sizes), 6), sparse_linear(WIDTH, 24, 8, seed=1)
-        self.body = body
-
-    def forward(self, x: Tensor, past_keys: Tensor, past_values: Tensor) -> Any:
-        q, k, v = (
-            part.view(*x.shape[:2], -1, SIZE).transpose(1, 2) for part in self.qkv(x).split(self.sizes, 2)
-        )
-        y, *kept = self.body(q, past_keys, k, past_values, v)
-        return self.out(y.transpose(1, 2).reshape(*x.shape[:2], WIDTH)), *kept
 
 
 def inputs(*, queries: int = 1, past: int = 6, key_heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        randn(2, queries, 24),
-        randn(2, key_heads, past, SIZE, seed=1),
-        randn(2, key_heads, past, SIZE, seed=2),
-    )
+    return step_inputs(length=past, queries=queries, key_heads=key_heads)
 
 
 def _cat(past: Tensor, new: Tensor) -> Tensor:
@@ -77,7 +49,7 @@ def _kept(q: Tensor, pk: Tensor, k: Tensor, pv: Tensor, v: Tensor) -> Any:
 
 def _fuse(body: Body, **sizes: int) -> tuple[fx.GraphModule, PassResult]:
     given = inputs(**sizes)
-    gm = graph_of(_Step(body, key_heads=sizes.get("key_heads", HEADS)), *given)
+    gm = graph_of(Step(body, key_heads=sizes.get("key_heads", HEADS)), *given)
     return gm, run(gm, drop_identities, condense_linear, fuse_append_attention, inputs=given)
 
 
@@ -155,7 +127,7 @@ def test_fuses(name: str) -> None:
 
 def test_arguments_and_meta_go_along() -> None:
     given = inputs()
-    gm = graph_of(_Step(_kept), *given)
+    gm = graph_of(Step(_kept), *given)
     run(gm, condense_linear, inputs=given)
     (attention,) = calls(gm, ATTENTION)
     before = dict(attention.meta)
@@ -255,7 +227,7 @@ def test_has_nothing_to_say_about_attention_without_a_cache(name: str) -> None:
 
 def test_leaves_graphs_without_a_condensed_layer() -> None:
     given = inputs()
-    gm = graph_of(_Step(_plain), *given)
+    gm = graph_of(Step(_plain), *given)
     assert run(gm, fuse_append_attention, inputs=given) == PassResult()
     assert len(calls(gm, ATTENTION)) == 1
 
@@ -273,7 +245,7 @@ def test_stands_where_layers_are_known_and_heads_are_as_narrow_as_they_get() -> 
 
 @pytest.mark.parametrize("body", [_plain, _kept])
 def test_both_doors_use_it(body: Body, dynamo: None) -> None:
-    model, given = _Step(body).eval(), inputs()
+    model, given = Step(body).eval(), inputs()
     with recorded() as compilations, no_warning_of_ours():
         fast = compiled(model)
         for past in (6, 7, 8, 11):

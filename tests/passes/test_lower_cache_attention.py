@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fanin_compile
@@ -20,42 +20,24 @@ from tests.compile_support import (
     assert_equals_model,
     compiled,
     no_warning_of_ours,
-    randn,
     recorded,
-    sparse_linear,
 )
+from tests.passes.attention_support import HEADS, SIZE, Step, step_inputs
 from tests.passes.support import calls, graph_of, position, run
 
 aten = torch.ops.aten
 ATTEND = torch.ops.fanin.attend_cache.default
-HEADS, SIZE, LENGTH, AT = 4, 8, 20, 6
-WIDTH = HEADS * SIZE
+LENGTH, AT = 20, 6
 sdpa = F.scaled_dot_product_attention
-Body = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
-]  # (query, cached keys, keys, cached values, values)
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class _Step(nn.Module):
-    """A masked projection, split into heads, and a body between the heads and what reads them."""
-
-    def __init__(self, body: Body, *, key_heads: int = HEADS) -> None:
-        super().__init__()
-        self.sizes = [WIDTH, key_heads * SIZE, key_heads * SIZE]
-        self.qkv, self.out = sparse_linear(24, sum(self.sizes), 6), sparse_linear(WIDTH, 24, 8, seed=1)
-        self.body = body
-
-    def forward(self, x: Tensor, cached_keys: Tensor, cached_values: Tensor) -> Tensor:
-        q, k, v = (
-            part.view(*x.shape[:2], -1, SIZE).transpose(1, 2) for part in self.qkv(x).split(self.sizes, 2)
-        )
-        y = self.body(q, cached_keys, k, cached_values, v)
-        return any_type(self.out(y.transpose(1, 2).reshape(*x.shape[:2], WIDTH)))  # type: ignore[no-any-return]
+def step(attend: Attend, *, key_heads: int = HEADS) -> Step:
+    return Step(lambda *tensors: (attend(*tensors),), key_heads=key_heads)
 
 
 def inputs(*, queries: int = 1, key_heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (2, key_heads, LENGTH, SIZE)
-    return randn(2, queries, 24), randn(*shape, seed=1), randn(*shape, seed=2)
+    return step_inputs(length=LENGTH, queries=queries, key_heads=key_heads)
 
 
 def _write(cache: Tensor, new: Tensor) -> Tensor:
@@ -86,15 +68,15 @@ def _assigned(q: Tensor, ck: Tensor, k: Tensor, cv: Tensor, v: Tensor) -> Tensor
     return sdpa(q, ck, cv, _mask(q))
 
 
-def _lower(body: Body, **sizes: int) -> tuple[fx.GraphModule, PassResult]:
+def _lower(body: Attend, **sizes: int) -> tuple[fx.GraphModule, PassResult]:
     given = inputs(**sizes)
-    gm = graph_of(_Step(body, key_heads=sizes.get("key_heads", HEADS)), *given)
+    gm = graph_of(step(body, key_heads=sizes.get("key_heads", HEADS)), *given)
     return gm, run(
         gm, drop_identities, condense_linear, fuse_append_attention, lower_cache_attention, inputs=given
     )
 
 
-MATCHES: dict[str, tuple[Body, dict[str, int]]] = {
+MATCHES: dict[str, tuple[Attend, dict[str, int]]] = {
     "written in place": (_static, {}),
     "a few queries": (_static, {"queries": 3}),
     "assigned to": (_assigned, {}),
@@ -140,7 +122,7 @@ def test_lowers(name: str) -> None:
 
 def test_arguments_and_meta_go_along() -> None:
     given = inputs()
-    gm = graph_of(_Step(_static), *given)
+    gm = graph_of(step(_static), *given)
     run(gm, condense_linear, inputs=given)
     (attention,) = calls(gm, ATTENTION)
     before, args = dict(attention.meta), attention.args
@@ -150,7 +132,7 @@ def test_arguments_and_meta_go_along() -> None:
     assert node.meta == before
 
 
-LEFT: dict[str, tuple[Body, str, dict[str, int]]] = {
+LEFT: dict[str, tuple[Attend, str, dict[str, int]]] = {
     "causal": (
         lambda q, ck, k, cv, v: sdpa(q, _write(ck, k), _write(cv, v), is_causal=True),
         "dropout, or causal",
@@ -195,7 +177,7 @@ def test_leaves_and_says_so(name: str) -> None:
     ]
 
 
-OTHERS: dict[str, tuple[Body, dict[str, int]]] = {
+OTHERS: dict[str, tuple[Attend, dict[str, int]]] = {
     "no cache": (lambda q, ck, k, cv, v: sdpa(q, k, v), {}),
     "keys computed from a cache": (lambda q, ck, k, cv, v: sdpa(q, 2 * ck, cv), {}),
     "many queries": (_static, {"queries": 9}),
@@ -212,7 +194,7 @@ def test_has_nothing_to_say_about_other_attention(name: str) -> None:
 
 def test_leaves_graphs_without_a_condensed_layer() -> None:
     given = inputs()
-    gm = graph_of(_Step(_static), *given)
+    gm = graph_of(step(_static), *given)
     assert run(gm, lower_cache_attention, inputs=given) == PassResult()
     assert len(calls(gm, ATTENTION)) == 1
 
@@ -222,8 +204,8 @@ def test_stands_behind_the_pass_that_appends() -> None:
 
 
 @pytest.mark.parametrize("body", [_static, _assigned, _whole])
-def test_both_doors_use_it_and_write_the_cache_that_they_are_given(body: Body, dynamo: None) -> None:
-    model = _Step(body).eval()
+def test_both_doors_use_it_and_write_the_cache_that_they_are_given(body: Attend, dynamo: None) -> None:
+    model = step(body).eval()
 
     def check(f: Callable[..., Any]) -> None:
         given, expected = inputs(), inputs()

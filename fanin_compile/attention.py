@@ -7,7 +7,7 @@ y = softmax(scores) v                   the neurons of the values come through, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,6 +163,21 @@ def _times(shape: tuple[Any, ...], path: list[fx.Node]) -> int | None:
             return None
         at += 1
     return {0: 1, len(steps): n}.get(at)
+
+
+def unknown_to_kernels(
+    bound: Mapping[str, Any], tensors: Sequence[Tensor]
+) -> tuple[str, dict[str, object]] | None:
+    """Why our kernels do not know an attention with these arguments, on `tensors`, and the values that say so."""
+    mask = tensor_meta(bound["attn_mask"])
+    dtypes = {t.dtype for t in tensors} | ({mask.dtype} if mask is not None else set())
+    if dtypes - {torch.bool} != {torch.float32}:
+        return "the kernel knows float32 alone", {"dtypes": ", ".join(sorted(map(str, dtypes)))}
+    if devices := {t.device.type for t in tensors} - {"cpu"}:
+        return "no kernel for this device", {"devices": ", ".join(sorted(devices))}
+    if bound["dropout_p"] or bound["is_causal"]:  # causal: the first query sees the first key alone
+        return "dropout, or causal", {name: bound[name] for name in ("dropout_p", "is_causal")}
+    return None
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -178,7 +178,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     _bind_to_modules(captured, packed)
     arguments = len(example_inputs)
     guards.keep_tensors(source for i, source in captured.sources.items() if i >= arguments)
-    guards.leave_to_us(source for i, source in captured.sources.items() if i < arguments and i in packed)
+    guards.leave_to_us(captured.sources[i] for i in packed if i < arguments and i in captured.sources)
     return _FreshGraph(compiled, needed, gm, captured, rewritten, constants, settings, packed, inputs)
 
 
@@ -381,9 +381,8 @@ class _FreshGraph:
     def _give_up(self, why: str) -> bool:
         log.info("graph %d: %s, compiling anew", self._epoch, why)
         guards.raise_epoch(self._epoch)
-        self._compiled = self._captured = self._rewritten = (
-            None  # Dynamo keeps this object, and calls it no more
-        )
+        # Dynamo keeps this object, and calls it no more
+        self._compiled = self._captured = self._rewritten = None
         return False
 
 

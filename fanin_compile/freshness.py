@@ -65,8 +65,8 @@ class Watch:
         self._tensors: list[Tensor] = [args[i] for i in positions]
         # keeps their addresses, but not their memory, from being given to the storages of later tensors
         self._storages = [StorageWeakRef(t.untyped_storage()) for t in self._tensors]
-        self._same = _native_check(positions, self._tensors, self._witnesses) or self._same_in_python
-        self._states = [_state(t) for t in (*self._tensors, *self._witnesses)]
+        parts = (self._positions, self._tensors, self._witnesses)
+        self._same = _native_check(*parts) or _python_check(*parts)
         self._kinds = [_kind(t) for t in self._tensors]
         self._hashes = [_hash(t) for t in self._tensors] if self._contents else []
 
@@ -76,9 +76,6 @@ class Watch:
             return False
         return not self._contents or self._hashes == [_hash(args[i]) for i in self._positions]
 
-    def _same_in_python(self, args: tuple[Any, ...]) -> bool:
-        return [_state(t) for t in (*(args[i] for i in self._positions), *self._witnesses)] == self._states
-
     def same_kind(self, args: Sequence[Any]) -> bool:
         """Whether `args` differ from the packed ones by their values at most: same types, dtypes, sizes and strides."""
         return [_kind(args[i]) for i in self._positions] == self._kinds
@@ -87,6 +84,14 @@ class Watch:
 def _state(tensor: Tensor) -> tuple[object, ...]:
     addresses = id(tensor), tensor._cdata, tensor.untyped_storage()._cdata, tensor.data_ptr()
     return *addresses, tensor._version, _kind(tensor)
+
+
+def _python_check(
+    positions: Sequence[int], tensors: Sequence[Tensor], witnesses: Sequence[Tensor]
+) -> Callable[[tuple[Any, ...]], bool]:
+    """What _native_check returns, for machines without it."""
+    states = [_state(t) for t in (*tensors, *witnesses)]
+    return lambda args: [_state(t) for t in (*(args[i] for i in positions), *witnesses)] == states
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

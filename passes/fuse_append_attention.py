@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from fanin_compile import ops_attention  # noqa: F401  (it defines the operators named below)
-from fanin_compile.attention import ATTENTION, MOST_QUERIES, laid_out, repeats, same_shape
+from fanin_compile.attention import ATTENTION, MOST_QUERIES, laid_out, repeats, same_shape, unknown_to_kernels
 from fanin_compile.graph import (
     Context,
     PassResult,
@@ -120,14 +120,9 @@ def _refusal(node: fx.Node, bound: dict[str, Any], keys: _Appended, values: _App
     shapes = {what: tuple(t.shape) for what, t in zip(("query", "past", "new"), tensors, strict=False)}
     if len(tensors) < len(parts) or any(t.ndim != 4 for t in tensors):
         return refuse("not of batches of heads", **shapes)
-    mask = tensor_meta(bound["attn_mask"])
-    dtypes = {t.dtype for t in tensors} | ({mask.dtype} if mask is not None else set())
-    if dtypes - {torch.bool} != {torch.float32}:
-        return refuse("the kernel knows float32 alone", dtypes=", ".join(sorted(map(str, dtypes))))
-    if devices := {t.device.type for t in tensors} - {"cpu"}:
-        return refuse("no kernel for this device", devices=", ".join(sorted(devices)))
-    if bound["dropout_p"] or bound["is_causal"]:  # causal: the first query sees the first key alone
-        return refuse("dropout, or causal", dropout_p=bound["dropout_p"], is_causal=bound["is_causal"])
+    if (unknown := unknown_to_kernels(bound, tensors)) is not None:
+        reason, given = unknown
+        return refuse(reason, **given)
     queries = tensors[0].shape[2]
     if not isinstance(queries, int) or queries > MOST_QUERIES:
         return refuse("more than a few queries", queries=queries, at_most=MOST_QUERIES)

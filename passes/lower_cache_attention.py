@@ -19,7 +19,15 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile import ops_attention  # noqa: F401  (it defines the operator named below)
-from fanin_compile.attention import ATTENTION, MOST_QUERIES, Repeated, laid_out, repeats, same_shape
+from fanin_compile.attention import (
+    ATTENTION,
+    MOST_QUERIES,
+    Repeated,
+    laid_out,
+    repeats,
+    same_shape,
+    unknown_to_kernels,
+)
 from fanin_compile.graph import (
     Context,
     PassResult,
@@ -83,14 +91,9 @@ def _refusal(node: fx.Node, bound: dict[str, Any], keys: Repeated, values: Repea
     if k is None or v is None or y is None or k.ndim != 4 or v.ndim != 4:
         shapes = {what: tuple(t.shape) for what, t in (("keys", k), ("values", v)) if t is not None}
         return refuse("not of batches of heads", **shapes)
-    mask = tensor_meta(bound["attn_mask"])
-    dtypes = {t.dtype for t in (query, k, v)} | ({mask.dtype} if mask is not None else set())
-    if dtypes - {torch.bool} != {torch.float32}:
-        return refuse("the kernel knows float32 alone", dtypes=", ".join(sorted(map(str, dtypes))))
-    if devices := {t.device.type for t in (query, k, v)} - {"cpu"}:
-        return refuse("no kernel for this device", devices=", ".join(sorted(devices)))
-    if bound["dropout_p"] or bound["is_causal"]:  # causal: the first query sees the first key alone
-        return refuse("dropout, or causal", dropout_p=bound["dropout_p"], is_causal=bound["is_causal"])
+    if (unknown := unknown_to_kernels(bound, (query, k, v))) is not None:
+        reason, given = unknown
+        return refuse(reason, **given)
     heads, known = k.shape[1] * keys.times, statically_known_true
     if (
         keys.times != values.times

@@ -159,28 +159,6 @@ class OneTokenDecode(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
 
 
-def _decode(t: Any, small: bool, batch: int, *, head: bool) -> ModelCase:
-    config = _gpt2_config(t, small)
-    model = (t.GPT2LMHeadModel if head else t.GPT2Model)(config).eval()
-    shape = (batch, config.n_head, 7 if small else 127, config.n_embd // config.n_head)
-    past = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.n_layer)]
-    ids = torch.randint(0, config.vocab_size, (batch, 1))
-    decode = OneTokenDecode(model, past, t.DynamicCache, t.DynamicLayer)
-    output = "logits" if head else "last_hidden_state"
-    return ModelCase("gpt2-decode", decode, {"input_ids": ids}, output, keeps_cache=True)
-
-
-@_maker("gpt2-decode")
-def _gpt2_decode(t: Any, small: bool, batch: int) -> ModelCase:
-    return _decode(t, small, batch, head=True)
-
-
-@_maker("gpt2-decode-blocks")
-def _gpt2_decode_blocks(t: Any, small: bool, batch: int) -> ModelCase:
-    """Without the dense 154 MB head, which bounds the whole at one token."""
-    return _decode(t, small, batch, head=False)
-
-
 class StaticDecode(nn.Module):
     """A step for one new token on a cache made for `length` tokens, which it writes in place; always the same step."""
 
@@ -222,27 +200,43 @@ class StaticDecode(nn.Module):
         )
 
 
-def _static_decode(t: Any, small: bool, batch: int, *, head: bool) -> ModelCase:
-    """Halfway through what the cache is made for."""
+def _decode(t: Any, small: bool, batch: int, *, head: bool, static: bool = False) -> ModelCase:
+    """One token after 7 or 127 others, on a cache that is appended, or a static one made for twice as many."""
     config = _gpt2_config(t, small)
     model = (t.GPT2LMHeadModel if head else t.GPT2Model)(config).eval()
     tokens = 7 if small else 127
     shape = (batch, config.n_head, tokens, config.n_embd // config.n_head)
     past = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.n_layer)]
     ids = torch.randint(0, config.vocab_size, (batch, 1))
-    decode = StaticDecode(model, past, 2 * (tokens + 1), t.Cache, t.StaticLayer)
-    return ModelCase("gpt2-decode", decode, {"input_ids": ids}, "logits" if head else "last_hidden_state")
+    decode: nn.Module
+    if static:
+        decode = StaticDecode(model, past, 2 * (tokens + 1), t.Cache, t.StaticLayer)
+    else:
+        decode = OneTokenDecode(model, past, t.DynamicCache, t.DynamicLayer)
+    output = "logits" if head else "last_hidden_state"
+    return ModelCase("gpt2-decode", decode, {"input_ids": ids}, output, keeps_cache=not static)
+
+
+@_maker("gpt2-decode")
+def _gpt2_decode(t: Any, small: bool, batch: int) -> ModelCase:
+    return _decode(t, small, batch, head=True)
+
+
+@_maker("gpt2-decode-blocks")
+def _gpt2_decode_blocks(t: Any, small: bool, batch: int) -> ModelCase:
+    """Without the dense 154 MB head, which bounds the whole at one token."""
+    return _decode(t, small, batch, head=False)
 
 
 @_maker("gpt2-static-decode")
 def _gpt2_static_decode(t: Any, small: bool, batch: int) -> ModelCase:
-    return _static_decode(t, small, batch, head=True)
+    return _decode(t, small, batch, head=True, static=True)
 
 
 @_maker("gpt2-static-decode-blocks")
 def _gpt2_static_decode_blocks(t: Any, small: bool, batch: int) -> ModelCase:
     """Without the dense head, as gpt2-decode-blocks."""
-    return _static_decode(t, small, batch, head=False)
+    return _decode(t, small, batch, head=False, static=True)
 
 
 @_maker("llama")

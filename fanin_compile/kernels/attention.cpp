@@ -19,7 +19,7 @@ constexpr int64_t kAhead = 2;   // tiles that are requested before they are read
 static_assert(kTile % kLanes == 0);
 constexpr int64_t kStreamed = 256 << 10;        // bytes of an appended cache that a small L2 does not hold beside the old one
 
-// Rows of one head that are read together; none if count is 0.
+// Rows of one head that are read together.
 struct Tile {
   const float* data;
   int64_t stride, position, count, dim;
@@ -31,13 +31,13 @@ struct Span {
   int64_t length() const { return last - first; }
 };
 
-// The tile from `position` on of the rows of head h of image b, before `last`.
+// The tile from `position` on, which is before `last`, of the rows of head h of image b, before it too.
 FANIN_INLINE Tile tile_at(const Appended& a, int64_t b, int64_t h, int64_t position, int64_t last) {
   const bool fresh = position >= a.past_length;
   const Rows& rows = fresh ? a.fresh : a.past;
   const int64_t i = fresh ? position - a.past_length : position, end = fresh ? last : std::min(last, a.past_length);
   return {rows.data + b * rows.batch + h * rows.head + i * rows.row, rows.row, position,
-          std::max<int64_t>(0, std::min(kTile, end - position)), a.dim};
+          std::min(kTile, end - position), a.dim};
 }
 
 FANIN_INLINE void request_tile(const Tile& tile) {
@@ -111,9 +111,8 @@ void apply_mask(const Mask& mask, int64_t at, int64_t length, float* scores) {
   }
 }
 
-// The least span that has all keys which the mask, at `at` for a query, shows.
+// The least span that has all keys which a mask that hides, at `at` for a query, shows.
 Span shown(const Mask& mask, int64_t at, int64_t length) {
-  if (mask.kind != Mask::Kind::hides) return {0, length};
   const bool* m = static_cast<const bool*>(mask.data) + at;
   const auto shows = [&](int64_t t) { return m[t * mask.key]; };
   Span span{0, length};

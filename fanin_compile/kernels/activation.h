@@ -6,6 +6,7 @@
 #include "vec.h"
 
 namespace fanin {
+inline namespace FANIN_JOIN(bytes, FANIN_VEC_BYTES) {
 
 FANIN_INLINE vf clamp(vf x, float low, float high) { return at_most(at_least(x, splat(low)), splat(high)); }
 
@@ -76,4 +77,5 @@ FANIN_INLINE vf activate(vf x) {
   return x;
 }
 
+}  // namespace bytesN
 }  // namespace fanin

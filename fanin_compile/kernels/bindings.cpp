@@ -67,12 +67,14 @@ struct Tiles {
   int64_t batch, lanes, vectors, count;
 
   Tiles(int64_t batch, int64_t most, int64_t threads)
-      : batch(batch), lanes(fanin::vector_lanes()), vectors((batch + lanes - 1) / lanes), count((vectors + most - 1) / most) {
+      : batch(batch), lanes(fanin::tiling_for(batch).lanes), vectors((batch + lanes - 1) / lanes),
+        count((vectors + most - 1) / most) {
     // Tiles for every thread, of two vectors at least: one alone would load each weight for eight multiply-adds.
     if (const int64_t even = (count + threads - 1) / threads * threads; vectors >= 2 * even) count = even;
   }
   int64_t begin(int64_t tile) const { return std::min(tile * vectors / count * lanes, batch); }
   int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+  int64_t stride(int64_t tile) const { return (size(tile) + lanes - 1) / lanes * lanes; }
   int64_t widest() const { return (vectors + count - 1) / count * lanes; }
 };
 
@@ -137,7 +139,7 @@ Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& st
   Call call(op, x, w.in, bias, residual);
   if (call.y.numel() == 0) return call.y;
   if (op.batch == 1) run_dot(op);
-  else run_lanes(op, std::clamp<int64_t>(w.tile, 1, fanin::max_vectors()));
+  else run_lanes(op, std::clamp<int64_t>(w.tile, 1, fanin::kMaxVectors));
   return call.y;
 }
 
@@ -169,7 +171,7 @@ void chain_lanes(const fanin::Chain& chain, int64_t most) {
   if (tiles.count >= threads) {
     return split(tiles.count, threads, [&](int64_t from, int64_t to) {
       for (int64_t tile = from; tile < to; ++tile) {
-        const int64_t lane = tiles.begin(tile), lanes = tiles.size(tile), stride = fanin::stride_of(lanes);
+        const int64_t lane = tiles.begin(tile), lanes = tiles.size(tile), stride = tiles.stride(tile);
         float* h = fanin::scratch(fanin::slots(w2) * stride, 2);
         fanin::chain_gaps(chain, stride, h);
         fanin::chain_hidden(chain, lane, lanes, 0, w.blocks, h);
@@ -181,7 +183,7 @@ void chain_lanes(const fanin::Chain& chain, int64_t most) {
   const int64_t size = fanin::slots(w2) * tiles.widest(), share = (threads + tiles.count - 1) / tiles.count;
   float* all = fanin::scratch(size * tiles.count, 2);
   for (int64_t tile = 0; tile < tiles.count; ++tile)
-    fanin::chain_gaps(chain, fanin::stride_of(tiles.size(tile)), all + tile * size);
+    fanin::chain_gaps(chain, tiles.stride(tile), all + tile * size);
   const auto shared = [&](int64_t first, int64_t last, const auto& run) {
     const int64_t groups = std::min(last - first, share);
     split(tiles.count * groups, threads, [&](int64_t from, int64_t to) {
@@ -222,7 +224,8 @@ Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure,
   TORCH_CHECK_VALUE(w.out == (gated ? 2 : 1) * hidden_features && w2.in == hidden_features && w2.out == out_features,
                     "fanin: a chain of weights [", w.out, ", ", w.in, "] and [", w2.out, ", ", w2.in, "] with ", hidden_features,
                     " hidden features", gated ? ", gated" : "", " and ", out_features, " outputs does not fit together");
-  const int64_t vector = (fanin::slots(w) + fanin::slots(w2)) * fanin::vector_lanes() * static_cast<int64_t>(sizeof(float));
+  const int64_t vector = (fanin::slots(w) + fanin::slots(w2)) * fanin::whole_tiling().lanes *
+                         static_cast<int64_t>(sizeof(float));
   const bool halves = !gated || w.blocks % 2 == 0;           // no block has rows of both factors
   if (vector > hidden_most() || !halves) return in_two();
   Call call(chain.second, x, w.in, bias2, residual);
@@ -231,7 +234,7 @@ Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure,
   chain.first.x = chain.second.x, chain.first.x_stride = chain.second.x_stride, chain.first.batch = chain.second.batch;
   chain.first.bias = bias ? first_bias.const_data_ptr() : nullptr;
   if (chain.first.batch == 1) chain_row(chain);
-  else chain_lanes(chain, std::clamp<int64_t>(hidden_bytes() / vector, 1, fanin::max_vectors()));
+  else chain_lanes(chain, std::clamp<int64_t>(hidden_bytes() / vector, 1, fanin::kMaxVectors));
   return call.y;
 }
 

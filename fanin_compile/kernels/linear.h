@@ -60,9 +60,26 @@ struct Chain {
   bool gated;
 };
 
-// A tile is up to max_vectors() vectors of vector_lanes() consecutive batch rows, computed together.
-int64_t vector_lanes();
-int64_t max_vectors();
+// A tile is up to kMaxVectors vectors of consecutive batch rows, its lanes, computed together. This is what is done with one in
+// vectors of one width; packed x, sums and h have stride_of(count) floats for each column or row.
+struct Tiling {
+  int64_t lanes;                // of a vector
+  // x of batch rows [lane, lane + count), chunks [chunk0, chunk1), into packed x
+  void (*pack)(const Linear& op, int64_t lane, int64_t count, int64_t chunk0, int64_t chunk1, float* x);
+  // sums of one block, added to what y holds (one row more than the block's, which fills up groups); the first chunk is at x
+  void (*run)(const Linear& op, int64_t count, int64_t block, int64_t chunk0, int64_t chunk1, const float* x, float* y);
+  // one vector of lanes of `rows` rows of sums, each lane into a row of its own, `step` floats apart
+  void (*turn)(const float* sums, int64_t stride, int64_t rows, int64_t step, float* turned);
+  // h[row] = act(sums[row] + bias[row]), or times it
+  void (*hidden)(Act act, const float* sums, const float* bias, int64_t rows, int64_t stride, bool times, float* h);
+
+  int64_t stride_of(int64_t count) const { return (count + lanes - 1) / lanes * lanes; }
+};
+inline constexpr int64_t kMaxVectors = 3;                     // 12 sums of 4 rows, 4 weights and one of them spread: 14 registers
+const Tiling& whole_tiling();
+const Tiling* half_tiling();                                  // null where half vectors gain nothing
+// Of the narrowest vectors one of which holds so many batch rows.
+const Tiling& tiling_for(int64_t batch);
 inline constexpr int64_t kTileRows = 3072;                    // rows whose sums a thread keeps, if in is too wide for one pass
 // Bytes of a core's second-level cache, as the system tells; 512 KiB where it does not.
 int64_t l2_bytes();
@@ -71,7 +88,6 @@ inline int64_t window_bytes() { return l2_bytes() / 16 * 11; }  // of x packed a
 // Packed x, one chunk after another: [width] columns and one of zeros, of one batch row or of the lanes of a tile.
 inline int64_t slots(const Structure& w) { return w.chunks * (w.width + 1); }
 inline int64_t slot(const Structure& w, int64_t column) { return column + column / w.width; }
-inline int64_t stride_of(int64_t lanes) { return (lanes + vector_lanes() - 1) / vector_lanes() * vector_lanes(); }
 
 // Batch row b, blocks [first, last); x is packed.
 void pack_row(const Linear& op, int64_t b, float* x);
@@ -88,10 +104,7 @@ void chain_output(const Chain& chain, const float* h, int64_t first, int64_t las
 void chain_hidden(const Chain& chain, int64_t lane, int64_t lanes, int64_t first, int64_t last, float* h);
 void chain_output(const Chain& chain, int64_t lane, int64_t lanes, int64_t first, int64_t last, const float* h);
 
-// The steps they are made of: sums of one block, added to what y holds (one row more than the block's, which fills up groups),
-// from chunks [chunk0, chunk1), of which the first is at x.
-void pack_tile(const Linear& op, int64_t lane, int64_t lanes, int64_t chunk0, int64_t chunk1, float* x);
-void run_tile(const Linear& op, int64_t lanes, int64_t block, int64_t chunk0, int64_t chunk1, const float* x, float* y);
+// The sums of one block and one batch row, added to what y holds, as Tiling::run does.
 void run_row(const Linear& op, int64_t block, const float* x, float* y);
 
 // Epilogues of rows [first, last): add bias and residual, activate, convert and store.

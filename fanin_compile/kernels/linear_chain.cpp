@@ -25,26 +25,28 @@ void chain_output(const Chain& chain, const float* h, int64_t first, int64_t las
 
 void chain_hidden(const Chain& chain, int64_t lane, int64_t lanes, int64_t first, int64_t last, float* h) {
   const Structure& w = *chain.first.weight;
-  const int64_t stride = stride_of(lanes);
+  const Tiling& tiling = tiling_for(chain.first.batch);
+  const int64_t stride = tiling.stride_of(lanes);
   float* x = scratch(slots(w) * stride);
   float* sums = scratch((w.tallest() + 1) * stride, 1);
-  pack_tile(chain.first, lane, lanes, 0, w.chunks, x);
+  tiling.pack(chain.first, lane, lanes, 0, w.chunks, x);
   for (int64_t block = first; block < last; ++block) {
     const int64_t r0 = w.first_row(block), r1 = w.first_row(block + 1);
     __builtin_memset(sums, 0, (r1 - r0) * stride * sizeof(float));
-    run_tile(chain.first, lanes, block, 0, w.chunks, x, sums);
+    tiling.run(chain.first, lanes, block, 0, w.chunks, x, sums);
     finish_hidden(chain, lanes, sums, r0, r1, h);
   }
 }
 
 void chain_output(const Chain& chain, int64_t lane, int64_t lanes, int64_t first, int64_t last, const float* h) {
   const Structure& w = *chain.second.weight;
-  const int64_t stride = stride_of(lanes);
+  const Tiling& tiling = tiling_for(chain.first.batch);
+  const int64_t stride = tiling.stride_of(lanes);
   float* sums = scratch((w.tallest() + 1) * stride, 1);
   for (int64_t block = first; block < last; ++block) {
     const int64_t r0 = w.first_row(block), r1 = w.first_row(block + 1);
     __builtin_memset(sums, 0, (r1 - r0) * stride * sizeof(float));
-    run_tile(chain.second, lanes, block, 0, w.chunks, h, sums);
+    tiling.run(chain.second, lanes, block, 0, w.chunks, h, sums);
     finish_tile(chain.second, lane, lanes, sums, r0, r1);
   }
 }

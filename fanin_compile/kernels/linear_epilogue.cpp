@@ -60,29 +60,10 @@ struct Epilogue {
   }
 };
 
-// h[slot][lanes] = act(sums + bias), or times it
-template <Act A>
-void hidden_tile(const float* sums, const float* bias, int64_t rows, int64_t stride, bool times, float* h) {
-  for (int64_t r = 0; r < rows; ++r, sums += stride, h += stride) {
-    const vf b = splat(bias[r]);
-    for (int64_t g = 0; g < stride; g += kLanes) {
-      vf v = activate<A>(load_raw<vf>(sums + g) + b);
-      if (times) v *= load_raw<vf>(h + g);
-      store_raw(h + g, v);
-    }
-  }
-}
-
 template <Act A>
 void hidden_row(const float* sums, const float* bias, int64_t rows, bool times, float* h) {
   if (!times) return span<A, float>(sums, bias, nullptr, h, rows);
   for (int64_t r = 0; r < rows; ++r) h[r] *= sums[r] + bias[r];
-}
-
-template <int B = 0>
-FANIN_INLINE void store_pieces(float* out, int64_t step, vf v) {
-  store_raw(out + B * step, piece<B>(v));
-  if constexpr (B + 1 < kLanes / kPiece) store_pieces<B + 1>(out, step, v);
 }
 
 }  // namespace
@@ -97,22 +78,15 @@ void finish_row(const Linear& op, int64_t b, const float* sums, int64_t first, i
 
 void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sums, int64_t first, int64_t last) {
   Epilogue epilogue(op);
-  const int64_t stride = stride_of(lanes);
+  const Tiling& tiling = tiling_for(op.batch);
+  const int64_t stride = tiling.stride_of(lanes);
   alignas(64) float turned[kLanes][kSpan];
   for (int64_t o = first; o < last; o += kSpan) {
     const int64_t count = last - o < kSpan ? last - o : kSpan;
     const float* bias = epilogue.bias(o, count);
-    for (int64_t g = 0; g < lanes; g += kLanes) {
-      for (int64_t i = 0; i < count; i += kPiece) {
-        vf v[kPiece];
-        for (int64_t j = 0; j < kPiece; ++j) {                // past the last row its repetition, which nobody reads
-          const int64_t row = i + j < count ? o - first + i + j : o - first;
-          v[j] = load_raw<vf>(sums + row * stride + g);
-        }
-        transpose_pieces(v);
-        for (int j = 0; j < kPiece; ++j) store_pieces(&turned[j][i], kPiece * kSpan, v[j]);
-      }
-      const int64_t used = lanes - g < kLanes ? lanes - g : kLanes;
+    for (int64_t g = 0; g < lanes; g += tiling.lanes) {
+      tiling.turn(sums + (o - first) * stride + g, stride, count, kSpan, turned[0]);
+      const int64_t used = lanes - g < tiling.lanes ? lanes - g : tiling.lanes;
       for (int64_t i = 0; i < used; ++i) epilogue.finish(lane + g + i, o, count, turned[i], bias);
     }
   }
@@ -120,7 +94,8 @@ void finish_tile(const Linear& op, int64_t lane, int64_t lanes, const float* sum
 
 void finish_hidden(const Chain& chain, int64_t lanes, const float* sums, int64_t first, int64_t last, float* h) {
   const Structure &w = *chain.first.weight, &reader = *chain.second.weight;
-  const int64_t stride = lanes ? stride_of(lanes) : 1, gates = chain.gated ? w.out / 2 : w.out;
+  const Tiling& tiling = tiling_for(chain.first.batch);
+  const int64_t stride = lanes ? tiling.stride_of(lanes) : 1, gates = chain.gated ? w.out / 2 : w.out;
   Epilogue epilogue(chain.first);
   for (int64_t r = first; r < last;) {
     const bool times = r >= gates;                            // the other factor of a gate that stands in h already
@@ -130,10 +105,10 @@ void finish_hidden(const Chain& chain, int64_t lanes, const float* sums, int64_t
     if (rows > kSpan) rows = kSpan;
     const float* from = sums + (r - first) * stride;
     float* to = h + slot(reader, column) * stride;
-    with_act(times ? Act::none : chain.first.act, [&](auto act) {
-      if (lanes) hidden_tile<act.value>(from, epilogue.bias(r, rows), rows, stride, times, to);
-      else hidden_row<act.value>(from, epilogue.bias(r, rows), rows, times, to);
-    });
+    const Act act = times ? Act::none : chain.first.act;
+    const float* bias = epilogue.bias(r, rows);
+    if (lanes) tiling.hidden(act, from, bias, rows, stride, times, to);
+    else with_act(act, [&](auto kAct) { hidden_row<kAct.value>(from, bias, rows, times, to); });
     r += rows;
   }
 }

@@ -23,9 +23,19 @@
 #endif
 #endif
 
+// linear_tiles_half.cpp compiles the kernels of tiles a second time, on half the registers of AVX-512.
+#if defined(FANIN_HALF_VECTORS) && FANIN_VEC_BYTES == 64
+#define FANIN_HALVED
+#undef FANIN_VEC_BYTES
+#define FANIN_VEC_BYTES 32
+#endif
+
 #define FANIN_INLINE inline __attribute__((always_inline))
+#define FANIN_JOIN_(a, b) a##b
+#define FANIN_JOIN(a, b) FANIN_JOIN_(a, b)
 
 namespace fanin {
+inline namespace FANIN_JOIN(bytes, FANIN_VEC_BYTES) {        // names of two widths in one library are different names
 
 template <class T, int N>
 struct VecOf {
@@ -319,4 +329,5 @@ FANIN_INLINE void transpose_pieces(vf (&r)[kPiece]) {
   }
 }
 
+}  // namespace bytesN
 }  // namespace fanin

@@ -210,7 +210,7 @@ void pieces(int64_t count, const F& f) {
 
 template <class F>
 void tiles(int64_t batch, const F& f) {
-  const int64_t width = vector_lanes() * static_cast<int64_t>(1 + rng() % max_vectors());
+  const int64_t width = tiling_for(batch).lanes * static_cast<int64_t>(1 + rng() % kMaxVectors);
   for (int64_t lane = 0; lane < batch; lane += width) f(lane, std::min(width, batch - lane));
 }
 
@@ -259,8 +259,9 @@ double chain_of_two() {
       pieces(second.blocks, [&](int64_t a, int64_t b) { chain_output(chain, h.get(), a, b); });
     } else {
       tiles(call.batch, [&](int64_t lane, int64_t lanes) {
-        const std::unique_ptr<float[]> h(new float[slots(second) * stride_of(lanes)]);
-        chain_gaps(chain, stride_of(lanes), h.get());
+        const int64_t stride = tiling_for(call.batch).stride_of(lanes);
+        const std::unique_ptr<float[]> h(new float[slots(second) * stride]);
+        chain_gaps(chain, stride, h.get());
         pieces(half, [&](int64_t a, int64_t b) { chain_hidden(chain, lane, lanes, a, b, h.get()); });
         if (gated)
           pieces(half, [&](int64_t a, int64_t b) { chain_hidden(chain, lane, lanes, half + a, half + b, h.get()); });
@@ -293,5 +294,5 @@ int main(int argc, char** argv) {
       return 1;
     }
   }
-  std::printf("%d cases at %ld lanes\n", cases, static_cast<long>(vector_lanes()));
+  std::printf("%d cases at %ld lanes\n", cases, static_cast<long>(whole_tiling().lanes));
 }

@@ -256,7 +256,7 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
     gate = _gate(settings, _weight_bytes(captured))
-    ctx = Context(gate, masks, names, settings.values_dtype, in_place=True)
+    ctx = Context(gate, masks, names, settings.values_dtype, in_place=True, watched=True)
     if settings.max_autotune:
         ctx = replace(ctx, pack=tuned_pack, pack_gate=tuned_gate)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)

@@ -103,6 +103,7 @@ class Context:
         values_dtype: of condensed values; None keeps the weight's.
         pack, pack_gate: how linear weights are packed, by default or as measured (tuning.py).
         in_place: operators may write over tensors of the graph which nobody reads any more; for inference alone.
+        watched: whoever runs the graph notices changes of the constants that passes read.
     """
 
     gate: Gate
@@ -113,6 +114,7 @@ class Context:
     pack: Packer = pack_by_default
     pack_gate: GatePacker = pack_gate_by_default
     in_place: bool = False
+    watched: bool = False
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]
@@ -314,6 +316,14 @@ def constant_name(weight: fx.Node, ctx: Context) -> str | None:
             return ctx.names.get(str(node.target), str(node.target))
         stack.extend(reversed(node.all_input_nodes))
     return None
+
+
+def layer_label(node: fx.Node, ctx: Context) -> str:
+    """The name in the report of the layer that a linear operator of ours computes."""
+    if LAYER in node.meta:
+        return str(node.meta[LAYER].name)
+    values = bind_arguments(node)["values"]  # of a layer that condense() made
+    return ctx.names.get(str(values.target), node.name).removesuffix(".values")
 
 
 class ConstantNodes:

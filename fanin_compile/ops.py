@@ -1,7 +1,7 @@
 """The gather-matmul operator: schema, plain-torch reference, fake kernel, autograd, flop formula.
 
-    gather_matmul(x, values, structure, bias?, out_features, activation, residual?)
-        y = activation(x @ W.T + bias + residual), W packed (packing.py) into values and structure
+    gather_matmul(x, values, structure, bias?, out_features, activation, residual?, norm?)
+        y = activation(norm(x) @ W.T + bias + residual), W packed (packing.py) into values and structure
 
 Importing this module builds nothing: the first call on CPU builds and loads the C++ kernels (kernels/build.py), which
 then take over the CPU and AutogradCPU dispatch keys, so that no Python stays in the hot path. The reference serves
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .errors import BuildError, FormatError
 from .kernels import build
+from .norm import normalise
 from .packed import decode
 from .packed_conv import decode_conv
 
@@ -61,7 +62,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 _ARGUMENTS = (
     "(Tensor x, Tensor values, Tensor structure, Tensor? bias, "
-    'int out_features, str activation="none", Tensor? residual=None) -> Tensor'
+    'int out_features, str activation="none", Tensor? residual=None, Tensor? norm=None) -> Tensor'
 )
 _library = torch.library.Library("fanin", "DEF")
 # Strides are handled inside (a copy only where x has no [batch, in] view), so inductor may hand over any.
@@ -127,11 +128,15 @@ def reference_gather_matmul(
     out_features: int,
     activation: str = "none",
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """gather_matmul in plain torch, for any floating dtype and device; half precision is computed in fp32.
 
     Args: see gather_matmul. The weight is made dense: one [out, in] of memory.
     """
+    dtype = x.dtype
+    if norm is not None:
+        x = normalise(x, norm)
     wide = functools.reduce(torch.promote_types, (x.dtype, values.dtype, torch.float32))
     dense = packed_to_dense(values, structure, (out_features, x.shape[-1])).to(wide)
     z = x.to(wide) @ dense.t()
@@ -139,7 +144,7 @@ def reference_gather_matmul(
         z = z + bias.to(wide)
     if residual is not None:
         z = z + residual.to(wide)
-    return ACTIVATIONS[activation].forward(z).to(x.dtype)
+    return ACTIVATIONS[activation].forward(z).to(dtype)
 
 
 # ---- the public entry point ------------------------------------------------------------------------------
@@ -153,8 +158,9 @@ def gather_matmul(
     out_features: int,
     activation: str = "none",
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
-    """activation(x @ W.T + bias + residual) for a packed W [out_features, in_features].
+    """activation(norm(x) @ W.T + bias + residual) for a packed W [out_features, in_features].
 
     Args:
         x: [..., in_features], any strides; fp32, bf16 or fp16 in the kernels, others by the reference.
@@ -163,13 +169,16 @@ def gather_matmul(
         bias: [out_features].
         activation: a key of ACTIVATIONS.
         residual: [..., out_features], added before the activation.
+        norm: of norm.pack_norm, [2, in_features + 1]: x is normalised over its last dimension first.
 
     Returns: [..., out_features] in x's dtype; sums are kept in fp32. Ablated neurons are activation(bias + residual).
 
     Raises:
         ValueError: parts that do not fit together, a structure of another version, an unknown activation.
     """
-    y: Tensor = torch.ops.fanin.gather_matmul(x, values, structure, bias, out_features, activation, residual)
+    y: Tensor = torch.ops.fanin.gather_matmul(
+        x, values, structure, bias, out_features, activation, residual, norm
+    )
     return y
 
 
@@ -270,11 +279,15 @@ def _with_grad(
     out_features: int,
     activation: str = "none",
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
+    dtype = x.dtype
+    if norm is not None:
+        x = normalise(x, norm)  # which has gradients of its own
     y: Tensor = _GatherMatmul.apply(  # type: ignore[no-untyped-call]
         x, values, bias, residual, (structure, out_features, activation)
     )
-    return y
+    return y.to(dtype)
 
 
 def _fake_gather_matmul(
@@ -285,6 +298,7 @@ def _fake_gather_matmul(
     out_features: int,
     activation: str = "none",
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     torch._check(
         activation in ACTIVATIONS, lambda: f"activation {activation!r}: expected one of {[*ACTIVATIONS]}"

@@ -1,8 +1,8 @@
 """The chain operator: two linear layers with an activation between them, as one call.
 
     gather_matmul_chain(x, values, structure, bias?, activation, gated, values2, structure2, bias2?, out_features,
-                        activation2, residual?)
-        z = x @ W.T + bias
+                        activation2, residual?, norm?)
+        z = norm(x) @ W.T + bias
         h = activation(z)            or, gated: activation(z[..., :n]) * z[..., n:], n = hidden_features
         y = activation2(h @ W2.T + bias2 + residual)
 
@@ -24,7 +24,7 @@ from .ops import ACTIVATIONS, _gather_matmul_flops, until_native
 _ARGUMENTS = (
     "(Tensor x, Tensor values, Tensor structure, Tensor? bias, str activation, bool gated, "
     "Tensor values2, Tensor structure2, Tensor? bias2, int hidden_features, int out_features, "
-    'str activation2="none", Tensor? residual=None) -> Tensor'
+    'str activation2="none", Tensor? residual=None, Tensor? norm=None) -> Tensor'
 )
 _library = torch.library.Library("fanin", "FRAGMENT")
 _library.define(
@@ -48,6 +48,7 @@ def reference_gather_matmul_chain(
     out_features: int,
     activation2: str = "none",
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """gather_matmul_chain as two calls of gather_matmul, which has gradients.
 
@@ -55,11 +56,11 @@ def reference_gather_matmul_chain(
     """
     first = torch.ops.fanin.gather_matmul
     if gated:
-        z = first(x, values, structure, bias, 2 * hidden_features)
+        z = first(x, values, structure, bias, 2 * hidden_features, norm=norm)
         gate, up = z.split(hidden_features, -1)
         h = ACTIVATIONS[activation].forward(gate) * up
     else:
-        h = first(x, values, structure, bias, hidden_features, activation)
+        h = first(x, values, structure, bias, hidden_features, activation, norm=norm)
     y: Tensor = torch.ops.fanin.gather_matmul(
         h, values2, structure2, bias2, out_features, activation2, residual
     )
@@ -80,8 +81,9 @@ def gather_matmul_chain(
     out_features: int,
     activation2: str = "none",
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
-    """activation2(h @ W2.T + bias2 + residual), h = activation(x @ W.T + bias): see the module's docstring.
+    """activation2(h @ W2.T + bias2 + residual), h = activation(norm(x) @ W.T + bias): see the module's docstring.
 
     Args:
         x: [..., in_features], any strides.
@@ -90,13 +92,14 @@ def gather_matmul_chain(
         activation, activation2: keys of ops.ACTIVATIONS.
         values2, structure2: packed W2 [out_features, hidden_features].
         residual: [..., out_features].
+        norm: of norm.pack_norm, [2, in_features + 1]: x is normalised over its last dimension first.
 
     Returns: [..., out_features] in x's dtype. The kernel keeps h in fp32, also where x is bf16 or fp16; where it is two
         calls after all (h of eight rows beyond 960 KiB, a small gated layer), h has x's dtype.
     """
     y: Tensor = torch.ops.fanin.gather_matmul_chain(
         *(x, values, structure, bias, activation, gated, values2, structure2, bias2),
-        *(hidden_features, out_features, activation2, residual),
+        *(hidden_features, out_features, activation2, residual, norm),
     )
     return y
 

@@ -33,9 +33,9 @@ class LayerReport:
     Attributes:
         fan_in: least and most inputs of an active neuron.
         macs_before, macs_after: None where they depend on inputs that were not given.
-        became: "gather-matmul", "gather-conv" (with "+ relu" and the like if fused, and the layer it is
-            chained into or onto), "dense", "dense, narrowed" to the neurons that are active and read, or "dense,
-            active neurons only" where ablated ones stay in the output.
+        became: "gather-matmul", "gather-conv" (with "layer norm +" before and "+ relu" and the like behind if fused,
+            and the layer it is chained into or onto), "dense", "dense, narrowed" to the neurons that are active and
+            read, or "dense, active neurons only" where ablated ones stay in the output.
         reason: why a layer was left dense, with the values that decided it.
         changes: what else was done to the layer (neurons removed, constants folded), and what was refused.
     """
@@ -212,6 +212,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
         became = next((r for r in done if r.bytes is not None), None)
         fused = [r.detail for r in done if r.became == "epilogue"]
         chained = [f", {r.detail}" for r in done if r.became == "chain"]
+        norms = [f"{r.detail} + " for r in done if r.became == "norm"]
         stored = next((r.stored for r in done if r.stored is not None), became and became.bytes)
         refused = reasons.get(layer.name, [])
         # one left dense may have lost its ablated neurons, and columns that nobody fills
@@ -232,7 +233,7 @@ def _graph_layers(result: PipelineResult) -> Iterator[LayerReport]:
             bytes_after=stored if stored and layer.dense_bytes else dense_bytes,
             macs_before=layer.dense_macs,
             macs_after=dense.dense_macs if became is None else became.macs,
-            became=left if became is None else " ".join([became.became, *fused]) + "".join(chained),
+            became=left if became is None else "".join([*norms, " ".join([became.became, *fused]), *chained]),
             reason="" if became is not None else (refused or ["no pass took it"])[-1],
             changes=(
                 *(r.detail for r in done if r.became in ("activation", "folded", "narrowed", "active")),

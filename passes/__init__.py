@@ -18,6 +18,8 @@ from fanin_compile.passes.fold_scale import fold_scale
 from fanin_compile.passes.fuse_append_attention import fuse_append_attention
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
+from fanin_compile.passes.fuse_norm import fuse_norm
+from fanin_compile.passes.hold_vectors import hold_vectors
 from fanin_compile.passes.lower_cache_attention import lower_cache_attention
 from fanin_compile.passes.lower_depthwise import lower_depthwise
 from fanin_compile.passes.lower_max_pool import lower_max_pool
@@ -48,6 +50,8 @@ PIPELINE: tuple[Pass, ...] = (
     lower_max_pool,  # before epilogues are fused: an activation costs less after its maximum
     fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs
+    fuse_norm,  # after chains, whose first layer then takes the norm
+    hold_vectors,  # after all that reads vectors as the model's own
     compute_active,  # of layers left dense, which those before it should see as one operator with all its outputs
     split_batch,  # it repeats operators, which those before it should see as one
     reuse_residuals,  # last: passes before it may take a node's value for what it was when it was computed

@@ -28,12 +28,12 @@ from fanin_compile import ops_chain  # noqa: F401  (it defines the operator call
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.graph import (
     CONDENSED,
-    LAYER,
     Context,
     Evaluator,
     PassResult,
     add_constant,
     bind_arguments,
+    layer_label,
     renew_value,
     replace_node,
     size_hint,
@@ -74,7 +74,7 @@ def fuse_chain(gm: fx.GraphModule, ctx: Context) -> PassResult:
     skipped: list[Skip] = []
     evaluate = Evaluator(gm)
     for second in list(gm.graph.find_nodes(op="call_function", target=LINEAR)):
-        trail, name = _follow(second), _name(second, ctx)
+        trail, name = _follow(second), layer_label(second, ctx)
         if trail.origin.target is LINEAR:
             firsts = [trail.origin]
             refusal = _refuses(trail, [trail], second)
@@ -94,9 +94,9 @@ def fuse_chain(gm: fx.GraphModule, ctx: Context) -> PassResult:
         else:
             continue
         if refusal:
-            skipped.append(Skip(name, f"not chained onto {_name(firsts[0], ctx)}: {refusal}"))
+            skipped.append(Skip(name, f"not chained onto {layer_label(firsts[0], ctx)}: {refusal}"))
             continue
-        names = [_name(f, ctx) for f in firsts]
+        names = [layer_label(f, ctx) for f in firsts]
         stored, how = _fuse(gm, firsts, second, trail, activation, evaluate, ctx)
         if how:
             rewritten.append(Rewrite(names[0], "tuned", detail=f"with {names[1]}: {how}"))
@@ -282,13 +282,6 @@ def _weight(node: fx.Node, bound: dict[str, Any], evaluate: Evaluator) -> Conden
     assert isinstance(structure, Tensor)
     known = node.meta.get(CONDENSED)
     return unpack(Packed(values, structure)) if known is None else known.with_dtype(values.dtype)
-
-
-def _name(node: fx.Node, ctx: Context) -> str:
-    if LAYER in node.meta:
-        return str(node.meta[LAYER].name)
-    values = bind_arguments(node)["values"]  # of a layer that condense() made
-    return ctx.names.get(str(values.target), node.name).removesuffix(".values")
 
 
 def _describe(node: fx.Node) -> str:

@@ -19,7 +19,7 @@ using fanin::OptTensor;
 using fanin::act_of;
 using fanin::dtype_of;
 using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, std::string_view,
-                         const OptTensor&);
+                         const OptTensor&, const OptTensor&);
 
 // The header of a packed weight, checked as far as can be in no time: packing.py wrote what it describes.
 const fanin::Structure& structure_of(const Tensor& structure, const Tensor& values) {
@@ -105,6 +105,16 @@ fanin::Linear linear_of(const Tensor& x, const Tensor& values, const Tensor& str
   return op;
 }
 
+// The kernels compute norms in fp32, whatever x is.
+bool knows(const OptTensor& norm) { return !norm || norm->scalar_type() == at::kFloat; }
+
+void set_norm(fanin::Linear& op, const OptTensor& norm) {
+  if (!norm) return;
+  TORCH_CHECK_VALUE(norm->is_contiguous() && norm->dim() == 2 && norm->size(0) == 2 && norm->size(1) == op.weight->in + 1,
+                    "fanin: norm must be contiguous [2, in_features + 1 = ", op.weight->in + 1, "], got ", norm->sizes());
+  op.norm = norm->const_data_ptr<float>();
+}
+
 // The tensors of one call: x and residual in the form the kernels take, and the output.
 struct Call {
   Tensor x, bias, residual, y;
@@ -128,14 +138,16 @@ struct Call {
 };
 
 Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
-                         int64_t out_features, std::string_view activation, const OptTensor& residual) {
-  if (!dtype_of(x) || !dtype_of(values) || (bias && !dtype_of(*bias))) {
+                         int64_t out_features, std::string_view activation, const OptTensor& residual,
+                         const OptTensor& norm) {
+  if (!dtype_of(x) || !dtype_of(values) || (bias && !dtype_of(*bias)) || !knows(norm)) {
     static const auto reference = fanin::handle_of<Signature>("fanin::gather_matmul_reference");
-    return reference.call(x, values, structure, bias, out_features, activation, residual);
+    return reference.call(x, values, structure, bias, out_features, activation, residual, norm);
   }
   fanin::Linear op = linear_of(x, values, structure, bias, activation);
   const fanin::Structure& w = *op.weight;
   TORCH_CHECK_VALUE(w.out == out_features, "fanin: out_features must be the packed weight's ", w.out, ", got ", out_features);
+  set_norm(op, norm);
   Call call(op, x, w.in, bias, residual);
   if (call.y.numel() == 0) return call.y;
   if (op.batch == 1) run_dot(op);
@@ -208,22 +220,23 @@ void chain_lanes(const fanin::Chain& chain, int64_t most) {
 Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
                  std::string_view activation, bool gated, const Tensor& values2, const Tensor& structure2,
                  const OptTensor& bias2, int64_t hidden_features, int64_t out_features, std::string_view activation2,
-                 const OptTensor& residual) {
+                 const OptTensor& residual, const OptTensor& norm) {
   const auto type = [](const OptTensor& t) { return t ? dtype_of(*t) : fanin::DType::f32; };
   const auto in_two = [&] {
     static const auto reference = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("fanin::gather_matmul_chain_reference", "")
                                       .typed<decltype(chain_cpu)>();
     return reference.call(x, values, structure, bias, activation, gated, values2, structure2, bias2, hidden_features,
-                          out_features, activation2, residual);
+                          out_features, activation2, residual, norm);
   };
-  if (!dtype_of(x) || !dtype_of(values) || !dtype_of(values2) || !type(bias) || !type(bias2)) return in_two();
+  if (!dtype_of(x) || !dtype_of(values) || !dtype_of(values2) || !type(bias) || !type(bias2) || !knows(norm)) return in_two();
   fanin::Chain chain{linear_of(x, values, structure, bias, activation),
                      linear_of(x, values2, structure2, bias2, activation2), gated};
   const fanin::Structure &w = *chain.first.weight, &w2 = *chain.second.weight;
   TORCH_CHECK_VALUE(w.out == (gated ? 2 : 1) * hidden_features && w2.in == hidden_features && w2.out == out_features,
                     "fanin: a chain of weights [", w.out, ", ", w.in, "] and [", w2.out, ", ", w2.in, "] with ", hidden_features,
                     " hidden features", gated ? ", gated" : "", " and ", out_features, " outputs does not fit together");
+  set_norm(chain.first, norm);
   const int64_t vector = (fanin::slots(w) + fanin::slots(w2)) * fanin::whole_tiling().lanes *
                          static_cast<int64_t>(sizeof(float));
   const bool halves = !gated || w.blocks % 2 == 0;           // no block has rows of both factors
@@ -241,29 +254,30 @@ Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure,
 // Below autograd unless a gradient is asked for; then ops.py's autograd function takes over.
 Tensor gather_matmul_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& structure,
                               const OptTensor& bias, int64_t out_features, std::string_view activation,
-                              const OptTensor& residual) {
-  if (fanin::wants_grad(x, values, bias, residual)) {
+                              const OptTensor& residual, const OptTensor& norm) {
+  if (fanin::wants_grad(x, values, bias, residual, norm)) {
     static const auto with_grad = fanin::handle_of<Signature>("fanin::gather_matmul_with_grad");
-    return with_grad.call(x, values, structure, bias, out_features, activation, residual);
+    return with_grad.call(x, values, structure, bias, out_features, activation, residual, norm);
   }
   static const auto op = fanin::handle_of<Signature>("fanin::gather_matmul");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, out_features, activation, residual);
+  return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, out_features, activation, residual,
+                       norm);
 }
 
 Tensor chain_autograd(c10::DispatchKeySet keys, const Tensor& x, const Tensor& values, const Tensor& structure,
                       const OptTensor& bias, std::string_view activation, bool gated, const Tensor& values2,
                       const Tensor& structure2, const OptTensor& bias2, int64_t hidden_features, int64_t out_features,
-                      std::string_view activation2, const OptTensor& residual) {
-  if (fanin::wants_grad(x, values, bias, values2, bias2, residual)) {
+                      std::string_view activation2, const OptTensor& residual, const OptTensor& norm) {
+  if (fanin::wants_grad(x, values, bias, values2, bias2, residual, norm)) {
     static const auto reference = fanin::handle_of<decltype(chain_cpu)>("fanin::gather_matmul_chain_reference");
     return reference.call(x, values, structure, bias, activation, gated, values2, structure2, bias2, hidden_features,
-                          out_features, activation2, residual);
+                          out_features, activation2, residual, norm);
   }
   static const auto op = fanin::handle_of<decltype(chain_cpu)>("fanin::gather_matmul_chain");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_autograd_keyset, x, values, structure, bias, activation, gated, values2, structure2,
-                       bias2, hidden_features, out_features, activation2, residual);
+                       bias2, hidden_features, out_features, activation2, residual, norm);
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ struct Linear {
   const void* x;                // [batch, in], rows x_stride elements apart
   const void* bias;             // [out] or null
   const void* residual;         // [batch, out] contiguous, of x's type, or null
+  const float* norm;            // of x's rows, as norm.py packs it: weight [in], eps, bias [in], whether the mean is taken; or null
   void* y;                      // [batch, out] contiguous, of x's type; every element is written
   int64_t batch, x_stride;
   DType x_type, value_type, bias_type;
@@ -88,6 +89,12 @@ inline int64_t window_bytes() { return l2_bytes() / 16 * 11; }  // of x packed a
 // Packed x, one chunk after another: [width] columns and one of zeros, of one batch row or of the lanes of a tile.
 inline int64_t slots(const Structure& w) { return w.chunks * (w.width + 1); }
 inline int64_t slot(const Structure& w, int64_t column) { return column + column / w.width; }
+
+// Of one batch row, for a layer with a norm.
+struct Moments {
+  float mean, scale;            // 1 / deviation
+};
+Moments moments(const Linear& op, int64_t b);
 
 // Batch row b, blocks [first, last); x is packed.
 void pack_row(const Linear& op, int64_t b, float* x);

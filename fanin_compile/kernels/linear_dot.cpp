@@ -1,6 +1,8 @@
 // One batch row: four rows at a time are dot products with gathered inputs.
 // Eight non-zeros at once: one vector load of values, eight scalar loads of x placed into a vector, one FMA. Where registers
 // can be looked up (linear_lookup.h), 16 at once from inputs found before.
+#include <algorithm>
+
 #include "dispatch.h"
 #include "linear.h"
 #include "linear_lookup.h"
@@ -118,8 +120,14 @@ void pack_row(const Linear& op, int64_t b, float* out) {
   const Structure& w = *op.weight;
   const int64_t size = op.x_type == DType::f32 ? 4 : 2;
   const char* x = static_cast<const char*>(op.x) + b * op.x_stride * size;
+  const Moments row = op.norm ? moments(op, b) : Moments{};
   for (int64_t c = 0; c < w.chunks * w.width; c += w.width, out += w.width + 1) {
-    if (c < w.in) widen_row(x + c * size, op.x_type, w.in - c < w.width ? w.in - c : w.width, out);
+    const int64_t count = std::clamp<int64_t>(w.in - c, 0, w.width);
+    widen_row(x + c * size, op.x_type, count, out);
+    if (op.norm) {
+      const float *weight = op.norm + c, *bias = weight + w.in + 1;
+      for (int64_t i = 0; i < count; ++i) out[i] = (out[i] - row.mean) * row.scale * weight[i] + bias[i];
+    }
     out[w.width] = 0;
   }
 }

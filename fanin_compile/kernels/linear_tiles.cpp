@@ -35,6 +35,19 @@ void pack(const Linear& op, int64_t lane, int64_t lanes, int vectors, int64_t c0
   }
 }
 
+// Normalises columns [c0, c0 + count) of packed x.
+void normalise(const Linear& op, const Moments* rows, int64_t vectors, int64_t c0, int64_t count, float* x) {
+  const float *weight = op.norm + c0, *bias = weight + op.weight->in + 1;
+  for (int64_t g = 0; g < vectors; ++g) {
+    vf mean, scale;
+    for (int i = 0; i < kLanes; ++i) mean[i] = rows[g * kLanes + i].mean, scale[i] = rows[g * kLanes + i].scale;
+    for (int64_t c = 0; c < count; ++c) {
+      float* p = x + (c * vectors + g) * kLanes;
+      store_raw(p, (load_raw<vf>(p) - mean) * scale * splat(weight[c]) + splat(bias[c]));
+    }
+  }
+}
+
 // Eight columns by as few loads as possible, as places in packed x.
 template <class C, int kStride>
 struct Columns8 {
@@ -116,9 +129,13 @@ void run_block(const Linear& op, int64_t block, int64_t chunk0, int64_t chunk1, 
 void pack_tile(const Linear& op, int64_t lane, int64_t count, int64_t chunk0, int64_t chunk1, float* x) {
   const Structure& w = *op.weight;
   const int64_t vectors = (count + kLanes - 1) / kLanes, stride = vectors * kLanes;
+  Moments rows[kMaxVectors * kLanes];
+  if (op.norm)
+    for (int64_t i = 0; i < stride; ++i) rows[i] = i < count ? moments(op, lane + i) : rows[0];
   for (int64_t chunk = chunk0; chunk < chunk1; ++chunk, x += (w.width + 1) * stride) {
     const int64_t c0 = chunk * w.width, c1 = c0 + w.width < w.in ? c0 + w.width : w.in;
     with_dtype(op.x_type, [&](auto zero) { pack<decltype(zero)>(op, lane, count, vectors, c0, c1, x); });
+    if (op.norm) normalise(op, rows, vectors, c0, c1 - c0, x);
     __builtin_memset(x + w.width * stride, 0, stride * sizeof(float));
   }
 }

@@ -159,7 +159,7 @@ def _fuse(gm: fx.GraphModule, norm: _Norm, layers: list[fx.Node], evaluate: Eval
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     constants = add_constant(gm, first, f"{norm.nodes[-1].name}_norm", packed)
     for layer in layers:
-        layer.args = (norm.x, *layer.args[1:])
-        layer.kwargs = {**layer.kwargs, "norm": constants}
+        layer.args = tuple((bind_arguments(layer) | {"x": norm.x, "norm": constants}).values())
+        layer.kwargs = {}
     for node in reversed(norm.nodes):
         gm.graph.erase_node(node)

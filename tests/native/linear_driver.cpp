@@ -155,6 +155,34 @@ Exact linear(const Weight& w, const Floats& bias, const Exact& x, int64_t batch)
   return y;
 }
 
+// A norm of inputs, as linear.h describes it, or none.
+struct Norm {
+  std::unique_ptr<float[]> packed;
+
+  explicit Norm(int64_t in) {
+    if (rng() % 2) return;
+    packed.reset(new float[2 * (in + 1)]);
+    for (int64_t i = 0; i < 2 * (in + 1); ++i) packed[i] = value();
+    packed[in] = 1e-3f, packed[2 * in + 1] = rng() % 2;
+  }
+  // Each of `batch` rows of x normalised, and by how much that may be off.
+  void apply(Exact& x, int64_t batch, int64_t in) const {
+    if (!packed) return;
+    for (int64_t b = 0; b < batch; ++b) {
+      double *row = x.value.data() + b * in, mean = 0, square = 0, largest = 0;
+      for (int64_t c = 0; c < in; ++c) mean += row[c] / in, largest = std::max(largest, std::fabs(row[c]));
+      if (packed[2 * in + 1] == 0) mean = 0;
+      for (int64_t c = 0; c < in; ++c) square += (row[c] - mean) * (row[c] - mean) / in;
+      const double scale = 1 / std::sqrt(square + packed[in]);
+      for (int64_t c = 0; c < in; ++c) {
+        const double weight = packed[c], bias = packed[in + 1 + c];
+        row[c] = (row[c] - mean) * scale * weight + bias;
+        x.error[b * in + c] = (in + 8) * 0x1p-23 * (std::fabs(weight) * scale * largest + std::fabs(row[c]) + std::fabs(bias));
+      }
+    }
+  }
+};
+
 // Inputs and outputs of one call, `y` full of NaN.
 struct Call {
   int64_t batch, in, out, stride;
@@ -224,7 +252,8 @@ double one_layer() {
   const Call call(wide ? pick({2, 33, 50}) : any_batch(), in, out);
   const Floats bias = Floats::random(out, any_type());
   Linear op = call.op(w, bias);
-  op.y = call.y.get(), op.residual = call.residual.bytes.get();
+  const Norm norm(in);
+  op.y = call.y.get(), op.residual = call.residual.bytes.get(), op.norm = norm.packed.get();
   run([&] {
     if (call.batch == 1) {
       const std::unique_ptr<float[]> x(new float[slots(w.view())]);
@@ -236,7 +265,9 @@ double one_layer() {
       });
     }
   });
-  return call.worst(linear(w, bias, call.inputs(), call.batch));
+  Exact x = call.inputs();
+  norm.apply(x, call.batch, in);
+  return call.worst(linear(w, bias, x, call.batch));
 }
 
 double chain_of_two() {
@@ -246,6 +277,8 @@ double chain_of_two() {
   const Call call(any_batch(), in, out);
   const Floats bias = Floats::random(w.out, any_type()), bias2 = Floats::random(out, any_type());
   Chain chain{call.op(w, bias), call.op(w2, bias2), gated};
+  const Norm norm(in);
+  chain.first.norm = norm.packed.get();
   chain.first.act = Act::relu, chain.second.y = call.y.get(), chain.second.residual = call.residual.bytes.get();
   const Structure &first = w.view(), &second = w2.view();
   const int64_t half = gated ? first.blocks / 2 : first.blocks;  // the second factor comes after the first
@@ -270,14 +303,16 @@ double chain_of_two() {
     }
   });
 
-  const Exact z = linear(w, bias, call.inputs(), call.batch);
+  Exact x = call.inputs();
+  norm.apply(x, call.batch, in);
+  const Exact z = linear(w, bias, x, call.batch);
   Exact h{std::vector<double>(call.batch * hidden), std::vector<double>(call.batch * hidden)};
   for (int64_t b = 0; b < call.batch; ++b)
     for (int64_t c = 0; c < hidden; ++c) {
       const int64_t gate = b * w.out + c, up = gate + hidden;
       const double g = std::max(z.value[gate], 0.0);
       h.value[b * hidden + c] = gated ? g * z.value[up] : g;
-      h.error[b * hidden + c] = gated ? z.error[gate] * std::fabs(z.value[up]) + g * z.error[up] + 0x1p-22 * g : z.error[gate];
+      h.error[b * hidden + c] = gated ? z.error[gate] * (std::fabs(z.value[up]) + z.error[up]) + g * z.error[up] + 0x1p-22 * g : z.error[gate];
     }
   return call.worst(linear(w2, bias2, h, call.batch));
 }

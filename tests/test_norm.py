@@ -42,7 +42,8 @@ def normalised64(x: Tensor, norm: Tensor) -> Tensor:
     x, (weight, bias) = x.double(), norm[:, :-1].double()
     mean = x.mean(-1, keepdim=True) if norm[1, -1] else 0
     scale = ((x - mean).square().mean(-1, keepdim=True) + norm[0, -1].double()).rsqrt()
-    return (x - mean) * scale * weight + bias
+    y: Tensor = (x - mean) * scale * weight + bias
+    return y
 
 
 def call(packed: Packed, x: Tensor, out: int, norm: Tensor, **kwargs: Any) -> Tensor:

@@ -56,7 +56,7 @@ class Net(nn.Module):
         self.down = sparse_linear(96, 64, 9, seed=4)
         self.norm, self.bare = nn.LayerNorm(64), nn.LayerNorm(64, elementwise_affine=False)
         self.rms, self.spelled = nn.RMSNorm(64, eps=1e-6), SpelledRms(64)
-        self.two = nn.LayerNorm((5, 64))
+        self.two = nn.LayerNorm([5, 64])
         for norm in (self.norm, self.rms, self.spelled):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(self.norm.bias)
@@ -203,6 +203,7 @@ def test_the_report_and_the_condensed_graph_have_it() -> None:
     (row,) = (r for r in fanin_compile.explain(model, x).layers if r.name == "a")
     assert row.became.startswith("layer norm + gather-matmul")
     graph = fanin_compile.condense(model, example_inputs=(x,))
+    assert isinstance(graph, torch.fx.GraphModule)
     assert norms(graph) == 0
     with torch.no_grad():
         assert_equals_model(graph(x), model, x)

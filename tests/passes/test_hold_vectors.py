@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,7 +77,7 @@ def test_what_the_graph_writes_to_or_returns_is_not_copied() -> None:
             assert out is model.out or torch.equal(out, model.out)
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[Any], object]] = {
     "in place": lambda m: m.layer.bias.add_(1),
     "through data": lambda m: setattr(m.norm.weight, "data", torch.full((64,), 3.0)),
     "another parameter": lambda m: setattr(m.dense, "bias", nn.Parameter(torch.ones(8))),

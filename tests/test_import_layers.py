@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mask",),  # every mask source -> one bool mask
     ("masking",),  # putting one on a module
     ("condensed",),  # the format
-    ("structure",),  # numbers and arrays in one tensor of bytes
+    ("structure", "norm"),  # numbers and arrays in one tensor of bytes; the norm of an input in one of floats
     ("packed",),  # the format in the order of the kernels
     ("packing", "packed_conv"),  # from one to the other; the same of convolutions
     ("packing_conv",),

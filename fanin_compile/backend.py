@@ -168,8 +168,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
         raise RewriteError(
             f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
         )
-    rewritten, constants = _take_constant_outputs(unlift(result.graph_module))
-    needed = _drop_unread_inputs(rewritten)
+    rewritten, constants, needed = _runnable(result)
     patches: dict[str, object] = {"size_asserts": False}  # 3 of 9 us a layer go into them at every call
     if _only_stems(rewritten.graph):
         patches["layout_optimization"] = False
@@ -210,6 +209,13 @@ def _baked(gm: fx.GraphModule) -> set[int]:
 
 def _bind_to_modules(captured: Captured, packed: Sequence[int]) -> None:
     guards.bind_to(owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root)
+
+
+def _runnable(result: PipelineResult) -> tuple[fx.GraphModule, dict[int, Tensor], tuple[int, ...]]:
+    """The rewritten graph as inductor gets it, the constants it hands out by their positions, and the positions of its
+    inputs among the arguments."""
+    gm, constants = _take_constant_outputs(unlift(result.graph_module))
+    return gm, constants, _drop_unread_inputs(gm)
 
 
 def _take_constant_outputs(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[int, Tensor]]:
@@ -358,14 +364,12 @@ class _FreshGraph:
                 return self._give_up("a weight has another type, dtype, size or stride")
             try:
                 relift(captured.graph_module, {i: inputs[i] for i in captured.statics})
-                gm = unlift(rewrite(captured, self._settings).graph_module)
+                rewritten, constants, _ = _runnable(rewrite(captured, self._settings))
             except Exception as error:
                 if self._settings.strict:
                     raise RewriteError(f"fanin could not pack changed weights anew: {error}") from error
                 _warn_once(f"fanin could not pack changed weights anew after {type(error).__name__}: {error}")
                 return self._give_up("packing failed")
-            rewritten, constants = _take_constant_outputs(gm)
-            _drop_unread_inputs(rewritten)
             new, old = dict(rewritten.named_buffers()), dict(current.named_buffers())
             same = not self._frozen and rewritten.code == current.code
             if not same or any(_layout(new[name]) != _layout(old[name]) for name in old):

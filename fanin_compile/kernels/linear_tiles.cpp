@@ -11,11 +11,20 @@
 namespace fanin {
 namespace {
 
-// x[lane : lane + lanes, c0 : c1] -> out[c1 - c0][vectors * kLanes]; lanes beyond repeat the first, nobody reads their sums.
-template <class X>
-void pack(const Linear& op, int64_t lane, int64_t lanes, int vectors, int64_t c0, int64_t c1, float* out) {
+// x[lane : lane + lanes, c0 : c1] -> out[c1 - c0][vectors * kLanes], normalised by `moments` of the lanes if the layer has a norm;
+// lanes beyond repeat the first, nobody reads their sums.
+template <bool kNorm, class X>
+void pack(const Linear& op, const Moments* moments, int64_t lane, int64_t lanes, int vectors, int64_t c0, int64_t c1, float* out) {
   const int64_t stride = vectors * kLanes;
+  const float *weight = kNorm ? op.norm + c0 : nullptr, *bias = kNorm ? weight + op.weight->in + 1 : nullptr;
   for (int64_t g = 0; g < stride; g += kLanes) {
+    vf mean, scale;
+    if constexpr (kNorm)
+      for (int i = 0; i < kLanes; ++i) mean[i] = moments[g + i].mean, scale[i] = moments[g + i].scale;
+    const auto normalised = [&](vf v, int64_t c) {
+      if constexpr (kNorm) return (v - mean) * scale * splat(weight[c]) + splat(bias[c]);
+      return v;
+    };
     const X* rows[kLanes];
     for (int64_t i = 0; i < kLanes; ++i)
       rows[i] = static_cast<const X*>(op.x) + (lane + (g + i < lanes ? g + i : 0)) * op.x_stride + c0;
@@ -28,22 +37,12 @@ void pack(const Linear& op, int64_t lane, int64_t lanes, int vectors, int64_t c0
       for (int i = 0; i < kPiece; ++i)
         v[i] = gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(rows[b * kPiece + i] + c); });
       transpose_pieces(v);
-      for (int i = 0; i < kPiece; ++i) store_raw(out + (c + i) * stride + g, v[i]);
+      for (int i = 0; i < kPiece; ++i) store_raw(out + (c + i) * stride + g, normalised(v[i], c + i));
     }
-    for (; c < c1 - c0; ++c)
-      for (int64_t i = 0; i < kLanes; ++i) out[c * stride + g + i] = widen1(rows[i] + c);
-  }
-}
-
-// Normalises columns [c0, c0 + count) of packed x.
-void normalise(const Linear& op, const Moments* rows, int64_t vectors, int64_t c0, int64_t count, float* x) {
-  const float *weight = op.norm + c0, *bias = weight + op.weight->in + 1;
-  for (int64_t g = 0; g < vectors; ++g) {
-    vf mean, scale;
-    for (int i = 0; i < kLanes; ++i) mean[i] = rows[g * kLanes + i].mean, scale[i] = rows[g * kLanes + i].scale;
-    for (int64_t c = 0; c < count; ++c) {
-      float* p = x + (c * vectors + g) * kLanes;
-      store_raw(p, (load_raw<vf>(p) - mean) * scale * splat(weight[c]) + splat(bias[c]));
+    for (; c < c1 - c0; ++c) {
+      vf v;
+      for (int i = 0; i < kLanes; ++i) v[i] = widen1(rows[i] + c);
+      store_raw(out + c * stride + g, normalised(v, c));
     }
   }
 }
@@ -134,8 +133,11 @@ void pack_tile(const Linear& op, int64_t lane, int64_t count, int64_t chunk0, in
     for (int64_t i = 0; i < stride; ++i) rows[i] = i < count ? moments(op, lane + i) : rows[0];
   for (int64_t chunk = chunk0; chunk < chunk1; ++chunk, x += (w.width + 1) * stride) {
     const int64_t c0 = chunk * w.width, c1 = c0 + w.width < w.in ? c0 + w.width : w.in;
-    with_dtype(op.x_type, [&](auto zero) { pack<decltype(zero)>(op, lane, count, vectors, c0, c1, x); });
-    if (op.norm) normalise(op, rows, vectors, c0, c1 - c0, x);
+    with_dtype(op.x_type, [&](auto zero) {
+      using X = decltype(zero);
+      if (op.norm) pack<true, X>(op, rows, lane, count, vectors, c0, c1, x);
+      else pack<false, X>(op, rows, lane, count, vectors, c0, c1, x);
+    });
     __builtin_memset(x + w.width * stride, 0, stride * sizeof(float));
   }
 }

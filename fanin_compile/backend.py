@@ -249,11 +249,14 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
     """Run the passes over a captured graph, reading masks and names from the modules its weights belong to."""
     masks: dict[str, Tensor] = {}
     names: dict[str, str] = {}
+    parameters: set[str] = set()
     for i, source in captured.statics.items():
         names[static_target(i)] = layer_name(source)
         tensor = attr_tensor(captured.graph_module, static_target(i))
         owner = captured.owners.get(i)
         module = None if owner is None else owner.module()
+        if owner is not None and module is not None and owner.name in module._parameters:
+            parameters.add(static_target(i))
         if owner is None or module is None or owner.name in vars(module):
             continue  # masks beside plain attributes are factors in the graph
         if tensor.is_floating_point() and tensor.ndim > 1:
@@ -262,7 +265,7 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
             if found is not None and found.source in ("buffer", "module"):
                 masks[static_target(i)] = found.mask
     gate = _gate(settings, _weight_bytes(captured))
-    ctx = Context(gate, masks, names, settings.values_dtype, in_place=True, watched=True)
+    ctx = Context(gate, masks, names, settings.values_dtype, in_place=True, watched=parameters)
     if settings.max_autotune:
         ctx = replace(ctx, pack=tuned_pack, pack_gate=tuned_gate)
     return run_pipeline(captured.graph_module, PIPELINE, ctx)

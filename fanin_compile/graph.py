@@ -11,7 +11,7 @@ import copy
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -103,7 +103,7 @@ class Context:
         values_dtype: of condensed values; None keeps the weight's.
         pack, pack_gate: how linear weights are packed, by default or as measured (tuning.py).
         in_place: operators may write over tensors of the graph which nobody reads any more; for inference alone.
-        watched: whoever runs the graph notices changes of the constants that passes read.
+        watched: get_attr targets of parameters, changes of which whoever runs the graph notices.
     """
 
     gate: Gate
@@ -114,7 +114,7 @@ class Context:
     pack: Packer = pack_by_default
     pack_gate: GatePacker = pack_gate_by_default
     in_place: bool = False
-    watched: bool = False
+    watched: Collection[str] = ()
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]

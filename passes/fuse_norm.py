@@ -126,7 +126,7 @@ def _refuses(norm: _Norm, layers: list[fx.Node], evaluate: Evaluator) -> str:
     if others := [user for user in last.users if user not in layers]:
         names = ", ".join("the graph's output" if n.op == "output" else n.name for n in others)
         return f"it is read by {names} as well"
-    if any(last in layer.all_input_nodes and _reads_twice(layer, last) for layer in layers):
+    if any(_reads_twice(layer, last) for layer in layers):
         return "it is a residual as well"
     if any(user not in norm.nodes for node in norm.nodes[:-1] for user in node.users):
         return "what it computes on the way is read elsewhere"

@@ -131,6 +131,17 @@ def test_constant_rows_are_no_division_by_zero() -> None:
     assert_close_at_scale(y.double(), F.linear(norm[1, :-1].double(), w.to_dense().double()).expand(2, -1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_that_was_cast_with_its_model(dtype: torch.dtype) -> None:
+    w = sparse(7, 20, 0)
+    norm, x = norm_of(20, centred=True, eps=0.125).to(dtype), torch.randn(3, 20).to(dtype)
+    expected = F.linear(normalised64(x, norm), w.to_dense().double())
+    with torch.profiler.profile() as profile:
+        y = call(pack(w), x, 7, norm)
+    assert_close_at_scale(y.double(), expected, share=ROUNDING[dtype])
+    assert not any("reference" in event.name for event in profile.events())
+
+
 def test_float64_runs_by_the_reference() -> None:
     w = sparse(7, 20, 0).with_dtype(torch.float64)
     norm, x = norm_of(20, centred=False, dtype=torch.float64), torch.randn(3, 20, dtype=torch.float64)
@@ -173,5 +184,5 @@ def test_without_weight_and_bias() -> None:
 
 @pytest.mark.parametrize("shape", [(20,), (2, 20), (3, 21), (1, 2, 21)])
 def test_a_norm_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"norm must be contiguous \[2, in_features \+ 1 = 21\]"):
+    with pytest.raises(ValueError, match=r"norm must be \[2, in_features \+ 1 = 21\]"):
         call(pack(sparse(7, 20, 0)), torch.randn(2, 20), 7, torch.zeros(shape))

@@ -105,14 +105,14 @@ fanin::Linear linear_of(const Tensor& x, const Tensor& values, const Tensor& str
   return op;
 }
 
-// The kernels compute norms in fp32, whatever x is.
-bool knows(const OptTensor& norm) { return !norm || norm->scalar_type() == at::kFloat; }
-
-void set_norm(fanin::Linear& op, const OptTensor& norm) {
-  if (!norm) return;
-  TORCH_CHECK_VALUE(norm->is_contiguous() && norm->dim() == 2 && norm->size(0) == 2 && norm->size(1) == op.weight->in + 1,
-                    "fanin: norm must be contiguous [2, in_features + 1 = ", op.weight->in + 1, "], got ", norm->sizes());
-  op.norm = norm->const_data_ptr<float>();
+// Gives op a norm of its input, in fp32 whatever x is; returns what holds it meanwhile.
+Tensor set_norm(fanin::Linear& op, const OptTensor& norm) {
+  if (!norm) return {};
+  TORCH_CHECK_VALUE(norm->dim() == 2 && norm->size(0) == 2 && norm->size(1) == op.weight->in + 1,
+                    "fanin: norm must be [2, in_features + 1 = ", op.weight->in + 1, "], got ", norm->sizes());
+  const Tensor held = norm->to(at::kFloat).contiguous();       // itself, unless a model was cast
+  op.norm = held.const_data_ptr<float>();
+  return held;
 }
 
 // The tensors of one call: x and residual in the form the kernels take, and the output.
@@ -140,14 +140,14 @@ struct Call {
 Tensor gather_matmul_cpu(const Tensor& x, const Tensor& values, const Tensor& structure, const OptTensor& bias,
                          int64_t out_features, std::string_view activation, const OptTensor& residual,
                          const OptTensor& norm) {
-  if (!dtype_of(x) || !dtype_of(values) || (bias && !dtype_of(*bias)) || !knows(norm)) {
+  if (!dtype_of(x) || !dtype_of(values) || (bias && !dtype_of(*bias)) || (norm && !dtype_of(*norm))) {
     static const auto reference = fanin::handle_of<Signature>("fanin::gather_matmul_reference");
     return reference.call(x, values, structure, bias, out_features, activation, residual, norm);
   }
   fanin::Linear op = linear_of(x, values, structure, bias, activation);
   const fanin::Structure& w = *op.weight;
   TORCH_CHECK_VALUE(w.out == out_features, "fanin: out_features must be the packed weight's ", w.out, ", got ", out_features);
-  set_norm(op, norm);
+  const Tensor held = set_norm(op, norm);
   Call call(op, x, w.in, bias, residual);
   if (call.y.numel() == 0) return call.y;
   if (op.batch == 1) run_dot(op);
@@ -229,14 +229,14 @@ Tensor chain_cpu(const Tensor& x, const Tensor& values, const Tensor& structure,
     return reference.call(x, values, structure, bias, activation, gated, values2, structure2, bias2, hidden_features,
                           out_features, activation2, residual, norm);
   };
-  if (!dtype_of(x) || !dtype_of(values) || !dtype_of(values2) || !type(bias) || !type(bias2) || !knows(norm)) return in_two();
+  if (!dtype_of(x) || !dtype_of(values) || !dtype_of(values2) || !type(bias) || !type(bias2) || !type(norm)) return in_two();
   fanin::Chain chain{linear_of(x, values, structure, bias, activation),
                      linear_of(x, values2, structure2, bias2, activation2), gated};
   const fanin::Structure &w = *chain.first.weight, &w2 = *chain.second.weight;
   TORCH_CHECK_VALUE(w.out == (gated ? 2 : 1) * hidden_features && w2.in == hidden_features && w2.out == out_features,
                     "fanin: a chain of weights [", w.out, ", ", w.in, "] and [", w2.out, ", ", w2.in, "] with ", hidden_features,
                     " hidden features", gated ? ", gated" : "", " and ", out_features, " outputs does not fit together");
-  set_norm(chain.first, norm);
+  const Tensor held = set_norm(chain.first, norm);
   const int64_t vector = (fanin::slots(w) + fanin::slots(w2)) * fanin::whole_tiling().lanes *
                          static_cast<int64_t>(sizeof(float));
   const bool halves = !gated || w.blocks % 2 == 0;           // no block has rows of both factors

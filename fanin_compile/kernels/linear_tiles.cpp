@@ -124,7 +124,6 @@ void run_block(const Linear& op, int64_t block, int64_t chunk0, int64_t chunk1, 
   }
 }
 
-
 void pack_tile(const Linear& op, int64_t lane, int64_t count, int64_t chunk0, int64_t chunk1, float* x) {
   const Structure& w = *op.weight;
   const int64_t vectors = (count + kLanes - 1) / kLanes, stride = vectors * kLanes;

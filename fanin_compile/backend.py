@@ -255,9 +255,11 @@ def rewrite(captured: Captured, settings: Options) -> PipelineResult:
         tensor = attr_tensor(captured.graph_module, static_target(i))
         owner = captured.owners.get(i)
         module = None if owner is None else owner.module()
-        if owner is not None and module is not None and owner.name in module._parameters:
+        if owner is None or module is None:
+            continue
+        if owner.name in module._parameters:
             parameters.add(static_target(i))
-        if owner is None or module is None or owner.name in vars(module):
+        if owner.name in vars(module):
             continue  # masks beside plain attributes are factors in the graph
         if tensor.is_floating_point() and tensor.ndim > 1:
             found = find_masked_weight(module, owner.name)

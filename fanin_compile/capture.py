@@ -31,6 +31,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fanin_compile.decompositions import TABLE
+from fanin_compile.graph import after_inputs
 
 _PREFIX = "fanin_static_"  # get_attr targets which stand for the placeholder of the same position
 _MODULES = r"_modules\['([^']+)'\]"  # the steps of a source expression from module to module
@@ -136,7 +137,7 @@ def _retrace(
 def lift(gm: fx.GraphModule, statics: Mapping[int, Tensor]) -> None:
     """Let every use of the placeholders at these positions read a get_attr node holding the given tensor."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    first = after_inputs(gm.graph)
     for i, tensor in statics.items():
         _set_static(gm, i, tensor)
         with gm.graph.inserting_before(first):

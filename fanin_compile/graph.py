@@ -307,6 +307,12 @@ def add_constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) 
     return node
 
 
+def after_inputs(graph: fx.Graph) -> fx.Node:
+    """The first node which is no placeholder: constants go before it, so that every user comes after."""
+    node: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return node
+
+
 def constant_name(weight: fx.Node, ctx: Context) -> str | None:
     """That of the first constant which `weight` is made of."""
     stack = [weight]
@@ -342,7 +348,7 @@ class ConstantNodes:
 
     def add(self, dense: fx.Node, **parts: Tensor | None) -> None:
         """Make `parts` constants named after the node `dense`; one that is None keeps its place."""
-        first = next(node for node in self._gm.graph.nodes if node.op != "placeholder")
+        first = after_inputs(self._gm.graph)
         self._nodes[dense] = tuple(
             None if part is None else add_constant(self._gm, first, f"{dense.name}_{name}", part)
             for name, part in parts.items()

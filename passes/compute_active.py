@@ -31,6 +31,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     add_constant,
+    after_inputs,
     bind_arguments,
     renew_value,
     set_layer_weight,
@@ -90,7 +91,7 @@ def _select(gm: fx.GraphModule, node: fx.Node, bias: Tensor | None) -> None:
     rows = weight.rows.long()
     active = CondensedWeight.from_dense(weight.to_dense()[rows], weight.mask()[rows])
     set_layer_weight(gm, node, active, None if bias is None else bias[rows])
-    before = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    before = after_inputs(gm.graph)
     for constant in node.args[1:3]:
         if isinstance(constant, fx.Node):
             before.prepend(constant)  # whichever call takes it next

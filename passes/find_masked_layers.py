@@ -31,6 +31,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     add_constant,
+    after_inputs,
     bind_arguments,
     constant_name,
     replace_node,
@@ -98,7 +99,7 @@ def find_masked_layers(gm: fx.GraphModule, ctx: Context) -> PassResult:
                 dense = evaluate(site.weight)
                 assert dense is not None
                 dense = dense.t() if site.transposed else dense
-                folded[key] = add_constant(gm, _first(gm.graph), f"{site.weight.name}_dense", dense)
+                folded[key] = add_constant(gm, after_inputs(gm.graph), f"{site.weight.name}_dense", dense)
                 rewritten.append(
                     Rewrite(name, "constant weight", detail=f"{site.weight.name} evaluated once")
                 )
@@ -268,9 +269,3 @@ def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor, *, coun
 def _name(site: _Site, ctx: Context) -> str:
     name = constant_name(site.weight, ctx)
     return site.node.name if name is None else name
-
-
-def _first(graph: fx.Graph) -> fx.Node:
-    """The first node which is no placeholder: constants go before it, so that every user comes after."""
-    first: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
-    return first

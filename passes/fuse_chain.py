@@ -32,6 +32,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     add_constant,
+    after_inputs,
     bind_arguments,
     layer_label,
     renew_value,
@@ -270,7 +271,7 @@ def _stack(
         zeros = packed.values.new_zeros(hidden)
         biases = [evaluate(b["bias"]) for b in bounds]
         bias = torch.cat([zeros if b is None else b.to(zeros.dtype) for b in biases])
-    start = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    start = after_inputs(gm.graph)
     name = f"{firsts[0].name}_gated"
     for part, value in (("values", packed.values), ("structure", packed.structure), ("bias", bias)):
         yield None if value is None else add_constant(gm, start, f"{name}_{part}", value)

@@ -6,8 +6,8 @@
     (n has no other reader)
 
 Root-mean-square norms as well, as one operator or as the five that transformers' models write. Every layer that reads a
-norm computes it anew, on rows which are in cache: a thousandth of its own work. A norm that anybody else reads stays:
-there it would be computed once more, not once less.
+norm computes it anew, on rows which are in cache: a hundredth of the work of a layer 768 -> 3072. A norm that anybody
+else reads stays: there it would be computed once more, not once less.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     add_constant,
+    after_inputs,
     bind_arguments,
     layer_label,
     tensor_meta,
@@ -156,8 +157,7 @@ def _fuse(gm: fx.GraphModule, norm: _Norm, layers: list[fx.Node], evaluate: Eval
         centred=norm.kind == "layer norm",
         dtype=x.dtype,
     )
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    constants = add_constant(gm, first, f"{norm.nodes[-1].name}_norm", packed)
+    constants = add_constant(gm, after_inputs(gm.graph), f"{norm.nodes[-1].name}_norm", packed)
     for layer in layers:
         layer.args = tuple((bind_arguments(layer) | {"x": norm.x, "norm": constants}).values())
         layer.kwargs = {}

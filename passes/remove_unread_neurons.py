@@ -30,6 +30,7 @@ from fanin_compile.graph import (
     Evaluator,
     PassResult,
     add_constant,
+    after_inputs,
     bind_arguments,
     in_format_of,
     renew_value,
@@ -219,7 +220,7 @@ class _Narrowing:
         if constants is None:
             self._select(node, rows, columns, groups, folded)
             self._selected[bound["weight"], bias, kept] = node.args[1:3], node.meta.get(CONDENSED)
-            first = next(n for n in self._gm.graph.nodes if n.op != "placeholder")
+            first = after_inputs(self._gm.graph)
             for constant in node.args[1:3]:
                 if isinstance(constant, fx.Node) and constant.op == "get_attr":
                     first.prepend(constant)  # before whichever call takes it next

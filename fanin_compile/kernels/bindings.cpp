@@ -64,17 +64,18 @@ void run_dot(const fanin::Linear& op) {
 
 // Batch rows cut into tiles of at most `most` vectors of lanes.
 struct Tiles {
+  const fanin::Tiling& tiling;
   int64_t batch, lanes, vectors, count;
 
   Tiles(int64_t batch, int64_t most, int64_t threads)
-      : batch(batch), lanes(fanin::tiling_for(batch).lanes), vectors((batch + lanes - 1) / lanes),
+      : tiling(fanin::tiling_for(batch)), batch(batch), lanes(tiling.lanes), vectors(tiling.stride_of(batch) / lanes),
         count((vectors + most - 1) / most) {
     // Tiles for every thread, of two vectors at least: one alone would load each weight for eight multiply-adds.
     if (const int64_t even = (count + threads - 1) / threads * threads; vectors >= 2 * even) count = even;
   }
   int64_t begin(int64_t tile) const { return std::min(tile * vectors / count * lanes, batch); }
   int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
-  int64_t stride(int64_t tile) const { return (size(tile) + lanes - 1) / lanes * lanes; }
+  int64_t stride(int64_t tile) const { return tiling.stride_of(size(tile)); }
   int64_t widest() const { return (vectors + count - 1) / count * lanes; }
 };
 

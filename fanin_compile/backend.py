@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import LocalSource
 from torch._inductor import config as inductor_config
 from torch.compiler import config as compiler_config
 
@@ -178,6 +179,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
     arguments = len(example_inputs)
     guards.keep_tensors(source for i, source in captured.sources.items() if i >= arguments)
     guards.leave_to_us(captured.sources[i] for i in packed if i < arguments and i in captured.sources)
+    guards.walk_attributes(_roots(captured, packed))
     return _FreshGraph(compiled, needed, gm, captured, rewritten, constants, settings, packed, inputs)
 
 
@@ -208,7 +210,12 @@ def _baked(gm: fx.GraphModule) -> set[int]:
 
 
 def _bind_to_modules(captured: Captured, packed: Sequence[int]) -> None:
-    guards.bind_to(owner.root for i in packed if (owner := captured.owners.get(i)) and owner.root)
+    guards.bind_to(_roots(captured, packed))
+
+
+def _roots(captured: Captured, packed: Sequence[int]) -> Iterator[LocalSource]:
+    owners = (captured.owners.get(i) for i in packed)
+    return (owner.root for owner in owners if owner is not None and owner.root is not None)
 
 
 def _runnable(result: PipelineResult) -> tuple[fx.GraphModule, dict[int, Tensor], tuple[int, ...]]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.guards import DeletedGuardManagerWrapper, GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import GuardsSet, Source, TracingContext
+from torch._guards import Guard, GuardsSet, Source, TracingContext
 from torch.utils._ordered_set import OrderedSet
+
+from fanin_compile import attributes
 
 # Of each graph in use, guarded by Dynamo: raising it makes the next call compile anew.
 epochs: dict[int, int] = {}
@@ -83,6 +86,29 @@ def leave_to_us(sources: Iterable[Source]) -> None:
         kind = GuardBuilder.TENSOR_MATCH.__name__
         kept = (g for g in dynamo if not (g.originating_source in ours and g.create_fn_name() == kind))
         TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
+
+
+def walk_attributes(roots: Iterable[LocalSource]) -> None:
+    """Take back Dynamo's guards on the attributes of the modules below these, as far as one walk checks the same."""
+    if not compiling():
+        return
+    scope = InstructionTranslator.current_tx().output.local_scope
+    context = TracingContext.get().guards_context
+    for root in set(roots):
+        module = scope[root.local_name]
+        assert isinstance(module, nn.Module)  # or it would be no root
+        check, taken = attributes.take_over(root, module, context.dynamo_guards)
+        if check is not None:
+            context.dynamo_guards = GuardsSet(OrderedSet(g for g in context.dynamo_guards if g not in taken))
+            install_guard(root.make_guard(_module_attributes(check, root.name)))
+
+
+def _module_attributes(check: attributes.AttributeGuard, name: str) -> Callable[[GuardBuilder, Guard], None]:
+    def module_attributes(builder: GuardBuilder, guard: Guard) -> None:
+        parts = [f"the attributes of {name} and the modules in it, as fanin_compile.attributes found them"]
+        builder.get_guard_manager(guard).add_lambda_guard(check, parts, guard.user_stack)
+
+    return module_attributes
 
 
 def discount_dropped_graphs() -> None:

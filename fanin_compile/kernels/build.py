@@ -205,10 +205,10 @@ def python_library() -> ctypes.PyDLL | None:
 def _python_library(path: Path) -> ctypes.PyDLL | None:
     library = ctypes.PyDLL(str(path))
     try:
-        state, unchanged = library.fanin_state, library.fanin_unchanged
+        state, unchanged, attributes = library.fanin_state, library.fanin_unchanged, library.fanin_attributes
     except AttributeError:
         return None
     state.argtypes = (ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
     state.restype = ctypes.c_int64
-    unchanged.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64)
+    unchanged.argtypes = attributes.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64)
     return library

@@ -66,6 +66,8 @@ struct Runs {
   const float *values, *x;
   float* sums;
   int64_t gap;                  // bytes between the parts of a tile
+  bool request;                 // values and codes, of weights that come from beyond L2
+  const uint16_t* codes;        // of the stage after this one, which are decoded at once
   bool fresh;                   // sums start from zero
   const Target* target;         // of runs that end their rows, or null: sums are kept
 };
@@ -162,6 +164,14 @@ FANIN_INLINE void prefetch(const Target& o, int32_t channel) {
   }
 }
 
+// The lines of as many entries as a run of `count` takes, some way behind it; without a loop, as runs take 10 to 40.
+FANIN_INLINE void request_weights(const float* values, const uint16_t* codes, uint64_t count) {
+  constexpr int64_t ahead = 512, line = 64;     // entries and bytes
+  const auto request = [](const auto* p, int64_t bytes) { __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes); };
+  request(values + ahead, 0), request(values + ahead, line), request(codes + ahead, 0);
+  if (count > 2 * line / sizeof(float)) request(values + ahead, 2 * line), request(codes + ahead, line);
+}
+
 template <int R, int P, int N>
 void accumulate(Runs& r) {
   static_assert(R == 1 || R == 4);
@@ -186,6 +196,8 @@ void accumulate(Runs& r) {
     const auto row_of = [&](auto i) __attribute__((always_inline)) { return R == 1 ? one_row : row[i]; };
     if (ends && r.end - count > kVisitsAhead)
       each<R>([&](auto i) __attribute__((always_inline)) { prefetch<N>(target, target.live[row[kVisitsAhead * R + i]]); });
+    if constexpr (R == 1)
+      if (r.request) request_weights(w, r.codes + (w - r.values), left);
     Sums<R, P, N> sums;
     if (fresh) sums.clear();
     else each<R>([&](auto i) __attribute__((always_inline)) { sums.template load<i>(kept + row_of(i) * kSums); });
@@ -204,7 +216,7 @@ void accumulate(Runs& r) {
       });
     else each<R>([&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row_of(i) * kSums); });
   }
-  r.count = r.end, r.rows = row, r.offsets = offsets.position(), r.values = w;
+  r.codes += w - r.values, r.count = r.end, r.rows = row, r.offsets = offsets.position(), r.values = w;
 }
 
 using Kernel = void (*)(Runs&);

@@ -151,6 +151,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Decoder decode(l, w.taps);
   const int64_t chunks = w.chunks(), tile_step = l.packed_channels(op.geometry->shape) * l.channel;
   int64_t row = 0;
+  bool request = true;          // later tiles find the weights in L2, mostly
   for (const Tile* whole = first; whole < last; row += whole->parts, ++whole) {
     const int64_t from = std::clamp<int64_t>(first_row - row, 0, whole->parts), to = std::clamp<int64_t>(last_row - row, 0, whole->parts);
     if (from == to) continue;
@@ -174,6 +175,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
         if (l.together == 1) decode(w.codes() + entry, count, decoded), runs.offsets = decoded;
         runs.values = static_cast<const float*>(op.values) + entry;
         if (op.value_type != DType::f32) widen_values(op, entry, count, widened), runs.values = widened;
+        runs.request = request, runs.codes = w.codes() + entry + count;
         for (int kind = 0; kind < 4; ++kind) {
           runs.end = w.counts() + (kind < 3 ? stage->visit[kind + 1] : stage[1].visit[0]);
           runs.fresh = kind < 2;
@@ -183,6 +185,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
       }
       if (!finished) store(op, tile, places, sums, w.first_row(block), w.first_row(block + 1));
     }
+    request = false;
   }
 }
 

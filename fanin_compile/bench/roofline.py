@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 from dataclasses import dataclass
 
@@ -62,4 +63,8 @@ def host() -> str:
     except (OSError, StopIteration):
         pass  # not Linux, or a processor without that line
     isa = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {isa}, torch {torch.__version__}, Python {platform.python_version()}"
+    bound = any(
+        os.environ.get(name, "false").lower() != "false" for name in ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
+    )
+    threads = "threads bound to cores" if bound else "threads free to move (OMP_PROC_BIND=true binds them)"
+    return f"{model}, {isa}, torch {torch.__version__}, Python {platform.python_version()}, {threads}"

@@ -15,7 +15,7 @@ ROOT = Path(fanin_compile.__file__).parent
 # From the lowest up. What stands in a line may import from the lines above it, not from its own; a package named here
 # stands for all its modules, which may import each other as long as there is no circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "records", "timing", "guards", "decompositions"),  # facts and means, nothing of ours beneath
+    ("errors", "records", "timing", "decompositions"),  # facts and means, nothing of ours beneath
     ("axes",),  # facts about the elements of tensors, along few axes
     ("neurons",),  # facts about neurons: who is tied to whom, who reads them
     ("mask",),  # every mask source -> one bool mask
@@ -30,7 +30,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops_chain", "ops_conv"),
     ("ops_attention", "ops_depthwise", "ops_pool"),
     ("kernels.variants",),  # one table of kernel variants
-    ("layers", "options", "freshness", "cost", "tuning"),
+    ("layers", "options", "attributes", "freshness", "cost", "tuning"),
+    ("guards",),  # what the backend asks of Dynamo
     ("graph",),  # what passes share
     ("capture", "pointwise"),
     ("moves",),  # where operators take the elements of tensors

@@ -223,17 +223,8 @@ def targets(rows: Sequence[ConvRow], peak: float) -> list[Target]:
 
 def table(rows: Sequence[ConvRow]) -> str:
     """All rows against their targets, then what they amount to against the targets of the whole."""
-    headers = [
-        "layer",
-        "threads",
-        "batch",
-        "called",
-        "dense us",
-        "x and y",
-        "ours us",
-        "x and y",
-        "ours, other",
-    ]
+    headers = ["layer", "threads", "batch", "called"]
+    headers += ["dense us", "x and y", "ours us", "x and y", "ours, other"]
     headers += ["x best dense", "target", "MAC/ns"]
     cells = [
         [

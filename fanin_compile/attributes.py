@@ -44,9 +44,9 @@ class _Node:
     """A module, a dict of one or a constant on the way from the root, and what must be true of it."""
 
     kind: type  # exact
-    steps: dict[Step, _Node] = field(default_factory=dict)
+    below: dict[str, _Node] = field(default_factory=dict)  # by attribute of a module, by item of a dict
     constant: Any = _UNKNOWN
-    absent: list[str] = field(default_factory=list)  # names that are not in a module's __dict__
+    absent: set[str] = field(default_factory=set)  # names that are not in a module's __dict__
     keys: list[str] | None = None  # all there are, in order
     alias: object = None  # the same for all places that must have the very same object
 
@@ -124,7 +124,7 @@ class _Tree:
             value = _look_up(value, step)
             if value is _UNKNOWN:
                 return None
-            node = node.steps.setdefault(step, _Node(type(value)))
+            node = node.below.setdefault(step[1], _Node(type(value)))
         return node, value
 
 
@@ -146,7 +146,7 @@ class _Place:
         if node.constant is not _UNKNOWN:
             return self.name in (*_CONSTANT_GUARDS, *_IMPLIED_BY_CONSTANT)
         if self.name == "NOT_PRESENT_IN_GENERIC_DICT" and module:
-            node.absent.append(self._argument("attr"))
+            node.absent.add(self._argument("attr"))
             return True
         if self.name == "DICT_KEYS_MATCH" and type(value) is dict and all(type(key) is str for key in value):
             node.keys = list(value)
@@ -208,10 +208,10 @@ def _is_constant(value: object) -> bool:
 
 def _prune(node: _Node) -> None:
     """Drop the leaves that nothing is known of: their guards stayed with Dynamo."""
-    for step, below in list(node.steps.items()):
+    for name, below in list(node.below.items()):
         _prune(below)
         if not below.is_container() and below.constant is _UNKNOWN and below.alias is None:
-            del node.steps[step]
+            del node.below[name]
 
 
 class _Writer:
@@ -233,20 +233,19 @@ class _Writer:
             return name
         module = isinstance(value, nn.Module)
         entries = _entries(value)
-        below = {step[1]: child for step, child in node.steps.items()}
-        if any(absent in entries for absent in node.absent) or not below.keys() <= entries.keys():
+        if node.absent & entries.keys() or not node.below.keys() <= entries.keys():
             return name
         if node.keys is not None and node.keys != list(entries):
             return name
         own = (id(value), id(type(value))) if module else (0, 0)
         ordered = -1 if node.keys is None else len(node.keys)
-        listed = list(below if node.keys is None else entries)
+        listed = list(node.below if node.keys is None else entries)
         self.table.extend((*own, id(entries), _ANY, ordered, len(listed), len(node.absent)))
         for key in listed:
-            self.table.extend((id(key), id(entries[key]) if key in below else _ANY))
+            self.table.extend((id(key), id(entries[key]) if key in node.below else _ANY))
         self.table.extend(id(key) for key in node.absent)
         self.held += [*listed, *node.absent]
-        for key, child in below.items():
+        for key, child in node.below.items():
             if changed := self._write_entry(child, entries[key], f"{name}.{key}"):
                 return changed
         return ""

@@ -82,10 +82,8 @@ def leave_to_us(sources: Iterable[Source]) -> None:
     freshness.Watch checks them, and more, for a fraction of what a walk over guards costs once a network has swept the
     caches."""
     if compiling():
-        ours, dynamo = set(sources), TracingContext.get().guards_context.dynamo_guards
-        kind = GuardBuilder.TENSOR_MATCH.__name__
-        kept = (g for g in dynamo if not (g.originating_source in ours and g.create_fn_name() == kind))
-        TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
+        ours, kind = set(sources), GuardBuilder.TENSOR_MATCH.__name__
+        _take_back(lambda guard: guard.originating_source in ours and guard.create_fn_name() == kind)
 
 
 def walk_attributes(roots: Iterable[LocalSource]) -> None:
@@ -93,14 +91,19 @@ def walk_attributes(roots: Iterable[LocalSource]) -> None:
     if not compiling():
         return
     scope = InstructionTranslator.current_tx().output.local_scope
-    context = TracingContext.get().guards_context
     for root in set(roots):
         module = scope[root.local_name]
         assert isinstance(module, nn.Module)  # or it would be no root
-        check, taken = attributes.take_over(root, module, context.dynamo_guards)
+        guards = TracingContext.get().guards_context.dynamo_guards
+        check, taken = attributes.take_over(root, module, guards)
         if check is not None:
-            context.dynamo_guards = GuardsSet(OrderedSet(g for g in context.dynamo_guards if g not in taken))
+            _take_back(taken.__contains__)
             install_guard(root.make_guard(_module_attributes(check, root.name)))
+
+
+def _take_back(unwanted: Callable[[Guard], bool]) -> None:
+    context = TracingContext.get().guards_context
+    context.dynamo_guards = GuardsSet(OrderedSet(g for g in context.dynamo_guards if not unwanted(g)))
 
 
 def _module_attributes(check: attributes.AttributeGuard, name: str) -> Callable[[GuardBuilder, Guard], None]:

@@ -52,7 +52,7 @@ from fanin_compile.graph import (
 from fanin_compile.kernels import build
 from fanin_compile.mask import find_masked_weight
 from fanin_compile.options import Options
-from fanin_compile.passes import PIPELINE
+from fanin_compile.passes import LOWERING, PIPELINE
 from fanin_compile.records import Skip
 from fanin_compile.tuning import tuned_gate, tuned_pack
 
@@ -169,9 +169,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Option
         raise RewriteError(
             f"{', '.join(inference)}: made in inference mode, so changes are not counted; expected normal tensors"
         )
+    stems = _only_stems(result.graph_module.graph)
     rewritten, constants, needed = _runnable(result)
     patches: dict[str, object] = {"size_asserts": False}  # 3 of 9 us a layer go into them at every call
-    if _only_stems(rewritten.graph):
+    if stems:
         patches["layout_optimization"] = False
     with _own_cache_key():
         compiled = settings.finish(rewritten, [example_inputs[i] for i in needed], **patches)
@@ -221,7 +222,8 @@ def _roots(captured: Captured, packed: Sequence[int]) -> Iterator[LocalSource]:
 def _runnable(result: PipelineResult) -> tuple[fx.GraphModule, dict[int, Tensor], tuple[int, ...]]:
     """The rewritten graph as inductor gets it, the constants it hands out by their positions, and the positions of its
     inputs among the arguments."""
-    gm, constants = _take_constant_outputs(unlift(result.graph_module))
+    lowered = run_pipeline(result.graph_module, LOWERING, Context(gate=lambda layer: None)).graph_module
+    gm, constants = _take_constant_outputs(unlift(lowered))
     return gm, constants, _drop_unread_inputs(gm)
 
 

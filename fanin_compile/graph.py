@@ -414,7 +414,8 @@ _NORMS: dict[object, str] = {
 }
 
 
-def _written_args(node: fx.Node) -> Iterator[fx.Node]:
+def written_args(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that the node changes in place."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
     yield from _schema_args(node, write=True)
@@ -428,7 +429,7 @@ def _written_args(node: fx.Node) -> Iterator[fx.Node]:
 
 def writes(node: fx.Node) -> bool:
     """Whether the node changes one of its arguments in place."""
-    return next(_written_args(node), None) is not None
+    return next(written_args(node), None) is not None
 
 
 def writes_between(first: fx.Node, last: fx.Node) -> bool:
@@ -467,7 +468,7 @@ def is_view(node: fx.Node) -> bool:
     return bool(node.target._schema.returns) and next(_shares_storage_with(node), None) is not None
 
 
-def _storage_roots(node: fx.Node) -> set[fx.Node]:
+def storage_roots(node: fx.Node) -> set[fx.Node]:
     """The nodes whose storage `node` may share and which share no other's, through views and in-place ops."""
     seen: set[fx.Node] = set()
     roots: set[fx.Node] = set()
@@ -487,13 +488,13 @@ def _storage_roots(node: fx.Node) -> set[fx.Node]:
 def copy_is_needless(node: fx.Node, copied: fx.Node) -> bool:
     """Whether nobody can tell the result of `node`, a copy of `copied`, from that itself: no later node writes to
     either, by whatever name, and no output of the graph shares the copy's storage."""
-    either = {node, *_storage_roots(copied)}
+    either = {node, *storage_roots(copied)}
     later = node.next
     while later.op != "output":
-        if any(not either.isdisjoint(_storage_roots(arg)) for arg in _written_args(later)):
+        if any(not either.isdisjoint(storage_roots(arg)) for arg in written_args(later)):
             return False
         later = later.next
-    return all(node not in _storage_roots(arg) for arg in later.all_input_nodes)
+    return all(node not in storage_roots(arg) for arg in later.all_input_nodes)
 
 
 def overwritten(graph: fx.Graph) -> set[fx.Node]:
@@ -503,10 +504,10 @@ def overwritten(graph: fx.Graph) -> set[fx.Node]:
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     found: set[fx.Node] = set()
-    writers = [(node, arg) for node in graph.nodes for arg in _written_args(node)]
+    writers = [(node, arg) for node in graph.nodes for arg in written_args(node)]
     if not writers:
         return found
-    roots = {node: _storage_roots(node) for node in graph.nodes}
+    roots = {node: storage_roots(node) for node in graph.nodes}
     for writer, arg in writers:
         for node in graph.nodes:
             if node is writer:
@@ -526,7 +527,7 @@ class Evaluator:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         self._written = {
-            root for node in gm.graph.nodes for arg in _written_args(node) for root in _storage_roots(arg)
+            root for node in gm.graph.nodes for arg in written_args(node) for root in storage_roots(arg)
         }
         self._constant: dict[fx.Node, bool] = {}
         self._values: dict[fx.Node, Any] = {}

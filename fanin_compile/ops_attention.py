@@ -2,6 +2,8 @@
 
     attend_cache(query, keys, values, mask?, scale?)
         y = scaled_dot_product_attention(query, keys, values, mask, scale)
+    write_attend(query, keys!, values!, new_keys, new_values, position, mask?, scale?)
+        keys.index_copy_(2, position, new_keys), values likewise; y = attend_cache(query, keys, values, mask, scale)
     attend_appended(query, past_keys, keys, past_values, values, mask?, scale?)
         y = scaled_dot_product_attention(query, cat([past_keys, keys], -2), cat([past_values, values], -2), mask, scale)
     append_attend(...)
@@ -29,6 +31,10 @@ _ARGUMENTS = (
     "Tensor? mask=None, float? scale=None) -> "
 )
 _CACHE_ARGUMENTS = "(Tensor query, Tensor keys, Tensor values, Tensor? mask=None, float? scale=None) -> "
+_WRITE_ARGUMENTS = (
+    "(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor position, "
+    "Tensor? mask=None, float? scale=None) -> "
+)
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -42,6 +48,22 @@ def reference_attend_cache(
     grouped = bool(query.shape[1] != keys.shape[1])
     y = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def reference_write_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    position: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """write_attend in plain torch, for any dtype and device that torch attends in; differentiable. Args: see there."""
+    keys.index_copy_(2, position, new_keys)
+    values.index_copy_(2, position, new_values)
+    return reference_attend_cache(query, keys, values, mask, scale)
 
 
 def reference_append_attend(
@@ -135,6 +157,34 @@ def attend_cache(
     return y
 
 
+def write_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    position: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """attend_cache(query, keys, values, mask, scale), after new rows went into the cache, head by head in one pass.
+
+    Args:
+        query, mask, scale: as in attend_cache.
+        keys, values: likewise; written to. fp32 whose last stride is not 1 is written by the reference.
+        new_keys, new_values: [batch, heads, new, dim] and [batch, heads, new, width], no part of the cache.
+        position: int64 [new], the rows of the cache that become them; of one named twice, the last counts.
+
+    Returns: y as of append_attend.
+
+    Raises:
+        ValueError: shapes that do not fit together. IndexError: a position beyond the cache.
+        RuntimeError: a cache with elements that share memory. From the reference, torch's RuntimeError.
+    """
+    y: Tensor = torch.ops.fanin.write_attend(query, keys, values, new_keys, new_values, position, mask, scale)
+    return y
+
+
 # ---- registration ----------------------------------------------------------------------------------------
 
 
@@ -178,9 +228,14 @@ def _fake_attend_cache(
     return _fake_append_attend(query, keys, keys[:, :, :0], values, values[:, :, :0])[0]
 
 
+def _fake_write_attend(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return _fake_attend_cache(query, keys, values)
+
+
 _library = torch.library.Library("fanin", "FRAGMENT")
 for _name, _signature, _reference, _fake in (
     ("attend_cache", _CACHE_ARGUMENTS + "Tensor", reference_attend_cache, _fake_attend_cache),
+    ("write_attend", _WRITE_ARGUMENTS + "Tensor", reference_write_attend, _fake_write_attend),
     ("attend_appended", _ARGUMENTS + "Tensor", reference_attend_appended, _fake_attend_appended),
     ("append_attend", _ARGUMENTS + "(Tensor, Tensor, Tensor)", reference_append_attend, _fake_append_attend),
 ):

@@ -23,7 +23,7 @@ from fanin_compile.options import Options
 from fanin_compile.records import Layer, Skip
 
 # operators without masks that run in kernels of ours
-BESIDE = ("append-attention", "cache-attention", "depthwise-conv", "max-pool")
+BESIDE = ("append-attention", "cache-attention", "cache-write", "depthwise-conv", "max-pool")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.fold_scale import fold_scale
 from fanin_compile.passes.fuse_append_attention import fuse_append_attention
+from fanin_compile.passes.fuse_cache_write import fuse_cache_write
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
 from fanin_compile.passes.fuse_norm import fuse_norm
 from fanin_compile.passes.hold_vectors import hold_vectors
+from fanin_compile.passes.join_operators import join_operators
 from fanin_compile.passes.lower_cache_attention import lower_cache_attention
 from fanin_compile.passes.lower_depthwise import lower_depthwise
 from fanin_compile.passes.lower_max_pool import lower_max_pool
@@ -47,6 +49,7 @@ PIPELINE: tuple[Pass, ...] = (
     lower_depthwise,  # which of them stand beside condensed ones is known now
     fuse_append_attention,  # after neurons of heads were removed: what follows them knows torch's attention alone
     lower_cache_attention,  # after that one, which appends to the cache
+    fuse_cache_write,  # into the attention which that one made
     lower_max_pool,  # before epilogues are fused: an activation costs less after its maximum
     fuse_epilogue,  # it folds what follows into the nodes which those before it made
     fuse_chain,  # of layers whose activation and residual are already theirs
@@ -56,3 +59,6 @@ PIPELINE: tuple[Pass, ...] = (
     split_batch,  # it repeats operators, which those before it should see as one
     reuse_residuals,  # last: passes before it may take a node's value for what it was when it was computed
 )
+
+# Behind the pipeline in the backend, where nobody looks at the graph any more.
+LOWERING: tuple[Pass, ...] = (join_operators,)

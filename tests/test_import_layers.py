@@ -29,6 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),  # the operators, each with its plain-torch reference
     ("ops_chain", "ops_conv"),
     ("ops_attention", "ops_depthwise", "ops_pool"),
+    ("program",),  # operators in the order in which they run, as text
+    ("ops_program",),  # as one operator
     ("kernels.variants",),  # one table of kernel variants
     ("layers", "options", "attributes", "freshness", "cost", "tuning"),
     ("guards",),  # what the backend asks of Dynamo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fanin_compile import ops
-from fanin_compile.ops_attention import append_attend, attend_appended, attend_cache
+from fanin_compile.ops_attention import append_attend, attend_appended, attend_cache, write_attend
 
 from .helpers import assert_close_fp64
 from .strategies import seeds
@@ -243,6 +243,66 @@ def test_a_cache_without_rows_or_images(shape: tuple[int, int]) -> None:
     y = attend_cache(torch.randn(batch, 2, 1, 8), keys, keys, torch.ones(1, 1, 1, length, dtype=torch.bool))
     assert y.shape == (batch, 2, 1, 8)
     assert y.count_nonzero() == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases(), data=st.data())
+def test_new_rows_are_written_where_they_belong_and_attended_to(case: Case, data: st.DataObject) -> None:
+    query, past_keys, keys, past_values, values, mask, scale = case
+    if past_keys.shape[2] != past_values.shape[2]:
+        return
+    old_keys, old_values = torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+    places = st.lists(st.integers(0, old_keys.shape[2] - 1), min_size=keys.shape[2], max_size=keys.shape[2])
+    position = torch.tensor(data.draw(places))
+    if data.draw(st.booleans()):  # a view of a larger cache
+        old_keys, old_values = (
+            torch.cat([old, old], 3)[..., : old.shape[3]] for old in (old_keys, old_values)
+        )
+    expected = [old.clone() for old in (old_keys, old_values)]
+    for row, at in enumerate(position.tolist()):  # one after the other: of one named twice, the last counts
+        expected[0][:, :, at], expected[1][:, :, at] = keys[:, :, row], values[:, :, row]
+    versions = old_keys._version, old_values._version
+    poison()
+    y = write_attend(query, old_keys, old_values, keys, values, position, mask, scale)
+    assert torch.equal(old_keys, expected[0])
+    assert torch.equal(old_values, expected[1])
+    assert (old_keys._version, old_values._version) == (versions[0] + 1, versions[1] + 1)
+    assert torch.equal(y, attend_cache(query, expected[0], expected[1], mask, scale))
+
+
+def test_a_cache_that_cannot_be_written_so_is_refused_or_left_to_torch() -> None:
+    case = simple(2, 3, 10, 8)
+    query, keys, new_keys, values, new_values, *_ = case
+    at = torch.tensor([4])
+    columns_apart = keys.mT.contiguous().mT
+    y = write_attend(query, columns_apart, values.clone(), new_keys, new_values, at)
+    assert torch.equal(columns_apart[:, :, 4], new_keys[:, :, 0])
+    torch.testing.assert_close(y, write_attend(query, keys, values, new_keys, new_values, at))
+    before = keys.clone()
+    wrong: dict[str, tuple[type[Exception], Any]] = {
+        "position 10 is not in a cache of length 10": (
+            IndexError,
+            (keys, values, new_keys, new_values, at + 6),
+        ),
+        "position -1 is not": (IndexError, (keys, values, new_keys, new_values, at - 5)),
+        "position must be int64 of one dimension, got Int": (
+            ValueError,
+            (keys, values, new_keys, new_values, at.int()),
+        ),
+        r"there are 2 positions for new rows \[2, 3, 1, 8\]": (
+            ValueError,
+            (keys, values, new_keys, new_values, torch.tensor([1, 2])),
+        ),
+        "new keys must differ in length alone": (ValueError, (keys, values, new_keys[:1], new_values, at)),
+        "more than one element of the written-to tensor refers to a single memory location": (
+            RuntimeError,
+            (keys[:1].expand(2, 3, 10, 8), values, new_keys, new_values, at),
+        ),
+    }
+    for message, (kind, arguments) in wrong.items():
+        with pytest.raises(kind, match=message):
+            write_attend(query, *arguments)
+    assert torch.equal(keys, before.index_copy(2, at, new_keys))
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from fanin_compile.ops_attention import (
     attend_cache,
     reference_append_attend,
     reference_attend_cache,
+    reference_write_attend,
+    write_attend,
 )
 
 from .helpers import assert_close_at_scale
 
 OPS = (torch.ops.fanin.attend_appended.default, torch.ops.fanin.append_attend.default)
 CACHE = torch.ops.fanin.attend_cache.default
+WRITE = torch.ops.fanin.write_attend.default
 
 
 def arguments(
@@ -57,6 +61,31 @@ def test_opcheck(op: Any, dtype: torch.dtype, past: int, group: int, mask: str) 
         for a in args
     ]
     torch.library.opcheck(op, tuple(args))
+
+
+def written(arguments: list[Any]) -> list[Any]:
+    """The arguments of write_attend: the new keys and values once more, to the first row of the cache."""
+    _, _, keys, _, values, *_ = arguments
+    query, *cache, mask, scale = on_cache(arguments)
+    return [query, *cache, keys.clone(), values.clone(), torch.tensor([0]), mask, scale]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("group", "mask"), [(1, ""), (2, "bool"), (1, "float")])
+def test_writing_opcheck(dtype: torch.dtype, group: int, mask: str) -> None:
+    args = written(arguments(group=group, mask=mask, dtype=dtype))
+    torch.library.opcheck(WRITE, tuple(args))
+    ours, theirs = (copy.deepcopy(args) for _ in range(2))
+    assert_close_at_scale(write_attend(*ours), reference_write_attend(*theirs))
+    assert_close_at_scale(ours[1:3], theirs[1:3])
+
+
+def test_gradients_come_through_what_was_written() -> None:
+    query, keys, values, new_keys, new_values, *rest = written(arguments())
+    leaves = [t.detach().clone().requires_grad_() for t in (query, new_keys, new_values)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: write_attend(q, keys.clone(), values.clone(), k, v, *rest), leaves
+    )
 
 
 @pytest.mark.parametrize(("group", "mask"), [(1, ""), (2, "bool"), (1, "float")])

@@ -166,6 +166,14 @@ FANIN_INLINE void add_rows(const float* rows, int64_t stride, const float* weigh
   }
 }
 
+// The new rows of head h of image b to where they belong in a cache.
+void write_rows(const Written& w, const Rows& rows, const Appended& cache, float* to, int64_t b, int64_t h) {
+  const float* from = rows.data + b * rows.batch + h * rows.head;
+  to += b * cache.past.batch + h * cache.past.head;
+  for (int64_t i = 0; i < w.count; ++i)
+    std::memcpy(to + w.position[i] * cache.past.row, from + i * rows.row, cache.dim * sizeof(float));
+}
+
 // Of a row of scores; score() may write beyond the last.
 int64_t pitch(const Op& op) { return round_up(op.length() + kPiece, kLanes); }
 
@@ -225,6 +233,8 @@ void run_heads(const Op& op, int64_t first, int64_t last, float* scratch) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t b = unit / op.heads, h = unit % op.heads;
     if (unit == first || !same_mask(unit)) span = span_of(unit);
+    write_rows(op.written, op.written.keys, op.keys, op.written.to_keys, b, h);
+    write_rows(op.written, op.written.values, op.values, op.written.to_values, b, h);
     const auto y_of = [&](int64_t r) {
       return op.y + ((b * op.queries + r % op.queries) * op.heads * op.group + head_of(h, r)) * op.values.dim;
     };

@@ -27,6 +27,14 @@ struct Mask {
   int64_t batch, head, query, key;
 };
 
+// Rows of keys and values that go into the cache before it is read: row i of each head to row position[i].
+struct Written {
+  Rows keys, values;
+  const int64_t* position;
+  int64_t count;
+  float *to_keys, *to_values;   // the cache's own data
+};
+
 // y = softmax(scale * query keys^T + mask) values; 0 where a query's keys are all hidden.
 struct Op {
   int64_t batch, heads, group;  // heads: of keys and values, each of which serves a group of the queries' heads
@@ -36,6 +44,7 @@ struct Op {
   Mask mask;
   float scale;
   float* y;                     // [batch, queries, heads * group, values.dim] contiguous; every element is written
+  Written written;              // to keys.past and values.past; none if count is 0
 
   int64_t length() const { return keys.length(); }
   int64_t rows() const { return group * queries; }   // of queries that read one head of keys

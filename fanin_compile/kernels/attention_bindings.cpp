@@ -1,4 +1,5 @@
 // Attention over past and new keys as torch operators: checks, strides, threads. Their schemas are in ops_attention.py.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -74,6 +75,19 @@ bool is_native(const Tensor& query, const Tensor& past_keys, const Tensor& keys,
   return !mask || mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat;
 }
 
+void share_out(const attention::Op& op, bool appends) {
+  const int64_t units = op.batch * op.heads;
+  const int64_t work = units * op.length() * (op.keys.dim + op.values.dim) * (op.rows() + appends);
+  if (units > 0)
+    fanin::share_out(units, work, [&](int64_t first, int64_t last) {
+      attention::run_heads(op, first, last, fanin::scratch(attention::scratch_floats(op)));
+    });
+}
+
+float scale_of(std::optional<double> scale, int64_t dim) {
+  return static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(dim)));
+}
+
 // y, and the appended keys and values where they are wanted.
 template <bool kAppends>
 Three attend(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
@@ -95,12 +109,8 @@ Three attend(const Tensor& query, const Tensor& past_keys, const Tensor& keys, c
       {rows_of(pk), rows_of(k), pk.size(2), k.size(2), dim, to(all_keys)},
       {rows_of(pv), rows_of(v), pv.size(2), v.size(2), values.size(3), to(all_values)},
       mask_of(mask, {batch, query.size(1), queries, length}),
-      static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(dim))), y.mutable_data_ptr<float>()};
-  const int64_t work = batch * heads * length * (dim + values.size(3)) * (op.rows() + kAppends);
-  if (batch * heads > 0)
-    fanin::share_out(batch * heads, work, [&](int64_t first, int64_t last) {
-      attention::run_heads(op, first, last, fanin::scratch(attention::scratch_floats(op)));
-    });
+      scale_of(scale, dim), y.mutable_data_ptr<float>(), {}};
+  share_out(op, kAppends);
   return {y.transpose(1, 2), all_keys, all_values};
 }
 
@@ -141,6 +151,71 @@ Tensor attend_cache_cpu(const Tensor& query, const Tensor& keys, const Tensor& v
   return attend_cpu<Tensor>(query, keys, keys.narrow(2, 0, 0), values, values.narrow(2, 0, 0), mask, scale);
 }
 
+void check_written(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
+                   const Tensor& position) {
+  check_pair("keys", keys, new_keys);
+  check_pair("values", values, new_values);
+  TORCH_CHECK_VALUE(position.dim() == 1 && position.scalar_type() == at::kLong, "fanin: position must be int64 of one dimension, got ",
+                    position.scalar_type(), " ", position.sizes());
+  for (const Tensor* fresh : {&new_keys, &new_values})
+    TORCH_CHECK_VALUE(fresh->size(2) == position.size(0), "fanin: there are ", position.size(0), " positions for new rows ",
+                      fresh->sizes());
+}
+
+Tensor write_attend_cpu(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                        const Tensor& new_values, const Tensor& position, const OptTensor& mask, std::optional<double> scale) {
+  check_written(keys, values, new_keys, new_values, position);
+  check(query, keys, keys.narrow(2, 0, 0), values, values.narrow(2, 0, 0));
+  const auto in_place = [](const Tensor& cache) { return cache.stride(3) == 1 || cache.size(3) <= 1; };
+  if (query.size(2) * query.size(1) > kMostRows * keys.size(1) || !in_place(keys) || !in_place(values) ||
+      !is_native(query, keys, new_keys, values, new_values, mask)) {
+    static const auto reference = fanin::handle_of<decltype(write_attend_cpu)>("fanin::write_attend_reference");
+    return reference.call(query, keys, values, new_keys, new_values, position, mask, scale);
+  }
+  at::assert_no_internal_overlap(keys);
+  at::assert_no_internal_overlap(values);
+  const int64_t batch = query.size(0), heads = keys.size(1), queries = query.size(2), length = keys.size(2);
+  const Tensor q = with_rows(query), k = with_rows(new_keys), v = with_rows(new_values), at = position.contiguous();
+  const int64_t* positions = at.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < at.size(0); ++i)
+    TORCH_CHECK_INDEX(positions[i] >= 0 && positions[i] < length, "fanin: position ", positions[i],
+                      " is not in a cache of length ", length);
+  const Tensor y = fanin::empty_output({batch, queries, query.size(1), values.size(3)}, at::kFloat);
+  const attention::Op op{
+      batch, heads, heads ? query.size(1) / heads : 0, queries, rows_of(q),
+      {rows_of(keys), {}, length, 0, keys.size(3), nullptr}, {rows_of(values), {}, length, 0, values.size(3), nullptr},
+      mask_of(mask, {batch, query.size(1), queries, length}), scale_of(scale, keys.size(3)), y.mutable_data_ptr<float>(),
+      {rows_of(k), rows_of(v), positions, at.size(0), keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>()}};
+  share_out(op, false);
+  return y.transpose(1, 2);
+}
+
+Tensor write_attend_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& keys, const Tensor& values,
+                             const Tensor& new_keys, const Tensor& new_values, const Tensor& position, const OptTensor& mask,
+                             std::optional<double> scale) {
+  if (fanin::wants_grad(query, keys, values, new_keys, new_values, mask)) {
+    static const auto reference = fanin::handle_of<decltype(write_attend_cpu)>("fanin::write_attend_reference");
+    return reference.call(query, keys, values, new_keys, new_values, position, mask, scale);
+  }
+  static const auto op = fanin::handle_of<decltype(write_attend_cpu)>("fanin::write_attend");
+  at::AutoDispatchBelowAutograd guard;
+  return op.redispatch(keys_of & c10::after_autograd_keyset, query, keys, values, new_keys, new_values, position, mask, scale);
+}
+
+// What was written to has another version from then on.
+Tensor write_attend_counted(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& keys, const Tensor& values,
+                            const Tensor& new_keys, const Tensor& new_values, const Tensor& position, const OptTensor& mask,
+                            std::optional<double> scale) {
+  static const auto op = fanin::handle_of<decltype(write_attend_cpu)>("fanin::write_attend");
+  Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    y = op.redispatch(keys_of & c10::after_ADInplaceOrView_keyset, query, keys, values, new_keys, new_values, position, mask, scale);
+  }
+  for (const Tensor* cache : {&keys, &values}) cache->unsafeGetTensorImpl()->bump_version();
+  return y;
+}
+
 Tensor attend_cache_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& keys, const Tensor& values,
                              const OptTensor& mask, std::optional<double> scale) {
   if (fanin::wants_grad(query, keys, values, mask)) {
@@ -170,12 +245,16 @@ Result attend_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const T
 
 TORCH_LIBRARY_IMPL(fanin, CPU, m) {
   m.impl("attend_cache", attend_cache_cpu);
+  m.impl("write_attend", write_attend_cpu);
   m.impl("attend_appended", attend_cpu<Tensor>);
   m.impl("append_attend", attend_cpu<Three>);
 }
 
 TORCH_LIBRARY_IMPL(fanin, AutogradCPU, m) {
   m.impl("attend_cache", attend_cache_autograd);
+  m.impl("write_attend", write_attend_autograd);
   m.impl("attend_appended", attend_autograd<Tensor>);
   m.impl("append_attend", attend_autograd<Three>);
 }
+
+TORCH_LIBRARY_IMPL(fanin, ADInplaceOrView, m) { m.impl("write_attend", write_attend_counted); }

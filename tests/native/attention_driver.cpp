@@ -1,5 +1,5 @@
 // Runs the attention kernel, without torch, on random odd sizes, strides and masks in exactly sized heap buffers and compares
-// every output with sums in fp64, and the appended rows to the bit. Built by test_attention_native.py at each vector width,
+// every output with sums in fp64, and appended and written rows to the bit. Built by test_attention_native.py at each vector width,
 // under ASan and UBSan.
 #include <algorithm>
 #include <cmath>
@@ -47,16 +47,22 @@ struct Case {
   Tensor query, past_keys, keys, past_values, values;
   std::unique_ptr<bool[]> hides;
   std::vector<float> adds, y, all_keys, all_values;
+  std::vector<int64_t> position;                // of rows of the cache that are written, with those of new_keys and new_values
+  Tensor new_keys, new_values, old_keys, old_values;
 
   // m: of p + n values, how many are in the cache
   Case(int64_t b, int64_t h, int64_t group, int64_t q, int64_t p, int64_t n, int64_t m, int64_t d, int64_t w)
       : query(b, h * group, q, d), past_keys(b, h, p, d), keys(b, h, n, d), past_values(b, h, m, w), values(b, h, p + n - m, w),
-        y(b * q * h * group * w, NAN) {
-    const bool appends = rng() % 2;
+        y(b * q * h * group * w, NAN), position(m == p ? rng() % (std::min<int64_t>(p, 3) + 1) : 0),
+        new_keys(b, h, position.size(), d), new_values(b, h, position.size(), w), old_keys(past_keys), old_values(past_values) {
+    const bool appends = position.empty() && rng() % 2;
+    for (int64_t& at : position) at = rng() % p;
     if (appends) all_keys.assign(b * h * (p + n) * d, NAN), all_values.assign(b * h * (p + n) * w, NAN);
     const auto to = [&](std::vector<float>& all) { return appends ? all.data() : nullptr; };
     op = {b, h, group, q, query.rows(), {past_keys.rows(), keys.rows(), p, n, d, to(all_keys)},
-          {past_values.rows(), values.rows(), m, p + n - m, w, to(all_values)}, {}, 0.3f, y.data()};
+          {past_values.rows(), values.rows(), m, p + n - m, w, to(all_values)}, {}, 0.3f, y.data(),
+          {new_keys.rows(), new_values.rows(), position.data(), static_cast<int64_t>(position.size()), past_keys.data.data(),
+           past_values.data.data()}};
     attention::Mask& mask = op.mask;
     mask.kind = std::vector{attention::Mask::Kind::none, attention::Mask::Kind::hides, attention::Mask::Kind::adds}[rng() % 3];
     // a full mask, or one of a row of keys for each image
@@ -119,9 +125,26 @@ int64_t wrong_row(const Case& c, int64_t b, int64_t head, int64_t q) {
   return wrong;
 }
 
+// Rows of the cache that are neither what they were nor, where it says so, what was written there last.
+int64_t wrong_rows(const Case& c, const Tensor& now, const Tensor& old, const Tensor& fresh, int64_t dim) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < c.op.batch; ++b)
+    for (int64_t h = 0; h < c.op.heads; ++h)
+      for (int64_t t = 0; t < c.op.keys.past_length; ++t) {
+        const float* expected = old.at(b, h, t);
+        for (size_t i = 0; i < c.position.size(); ++i)
+          if (c.position[i] == t) expected = fresh.at(b, h, i);
+        count += !std::equal(expected, expected + dim, now.at(b, h, t));
+      }
+  return count;
+}
+
 int64_t wrong(const Case& c) {
   const attention::Op& op = c.op;
   int64_t count = 0;
+  if (!c.position.empty())
+    count += wrong_rows(c, c.past_keys, c.old_keys, c.new_keys, op.keys.dim) +
+             wrong_rows(c, c.past_values, c.old_values, c.new_values, op.values.dim);
   for (int64_t b = 0; b < op.batch; ++b) {
     for (int64_t head = 0; head < op.heads * op.group; ++head)
       for (int64_t q = 0; q < op.queries; ++q) count += wrong_row(c, b, head, q);
@@ -156,8 +179,8 @@ int main(int argc, char** argv) {
     const int64_t count = wrong(c);
     if (count == 0) continue;
     std::printf("case %d has %ld wrong outputs: batch %ld heads %ld group %ld queries %ld keys %ld + %ld values %ld + %ld dims %ld %ld, "
-                "mask %d, appends %d\n", i, count, op.batch, op.heads, op.group, op.queries, op.keys.past_length,
-                op.keys.fresh_length, op.values.past_length, op.values.fresh_length, op.keys.dim, op.values.dim, static_cast<int>(op.mask.kind), op.keys.all != nullptr);
+                "mask %d, appends %d, writes %ld\n", i, count, op.batch, op.heads, op.group, op.queries, op.keys.past_length,
+                op.keys.fresh_length, op.values.past_length, op.values.fresh_length, op.keys.dim, op.values.dim, static_cast<int>(op.mask.kind), op.keys.all != nullptr, op.written.count);
     return 1;
   }
   std::printf("%d cases at %d lanes\n", cases, kLanes);

@@ -122,8 +122,8 @@ def bench_conv(
                     yield _row(case, batch, count, sparsity, seconds)
 
 
-class _Dense(nn.Module):
-    """Several layers of one shape side by side: one call of a compiled graph runs them all."""
+class _Layers(nn.Module):
+    """Several masked layers of one shape side by side: one call of a compiled graph runs them all."""
 
     def __init__(self, case: ConvCase, weights: Sequence[Tensor]) -> None:
         super().__init__()
@@ -152,11 +152,11 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
     def ours(x: Tensor) -> list[Tensor]:
         return [gather_conv(x, p.values, p.structure, None, shape, stride, pads, ones, 1) for p in packed]
 
-    compiled = torch.compile(ours, dynamic=False)
     dense, dense_last = (
-        _Dense(case, [w.contiguous(memory_format=format) for w in weights])
+        _Layers(case, [w.contiguous(memory_format=format) for w in weights])
         for format in (torch.contiguous_format, torch.channels_last)
     )
+    compiled = torch.compile(dense, backend="fanin", options={"strict": True, "cost_gate": False}, dynamic=False)
     runs: dict[tuple[str, str, str], Callable[[], list[Tensor]]] = {
         ("ours", "eager", CONTIGUOUS): lambda: ours(x),
         ("ours", "compiled", CONTIGUOUS): lambda: compiled(x),

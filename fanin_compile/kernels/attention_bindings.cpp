@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -37,14 +38,11 @@ void check_pair(const char* what, const Tensor& past, const Tensor& fresh) {
                       past.sizes(), " and ", fresh.sizes());
 }
 
-void check(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
-           const Tensor& values) {
-  check_pair("keys", past_keys, keys);
-  check_pair("values", past_values, values);
+// keys and values of this many rows, wherever they stand
+void check(const Tensor& query, const Tensor& keys, int64_t key_rows, const Tensor& values, int64_t value_rows) {
   TORCH_CHECK_VALUE(keys.sizes().slice(0, 2) == values.sizes().slice(0, 2), "fanin: keys ", keys.sizes(), " and values ",
                     values.sizes(), " must have the same batch and heads");
-  const int64_t lengths[] = {past_keys.size(2) + keys.size(2), past_values.size(2) + values.size(2)};
-  TORCH_CHECK_VALUE(lengths[0] == lengths[1], "fanin: there are ", lengths[0], " keys and ", lengths[1], " values");
+  TORCH_CHECK_VALUE(key_rows == value_rows, "fanin: there are ", key_rows, " keys and ", value_rows, " values");
   TORCH_CHECK_VALUE(query.dim() == 4 && query.size(0) == keys.size(0) && query.size(3) == keys.size(3),
                     "fanin: query ", query.sizes(), " must have the batch and the dim of keys ", keys.sizes());
   const int64_t heads = keys.size(1);
@@ -68,11 +66,13 @@ attention::Mask mask_of(const OptTensor& mask, at::IntArrayRef scores) {
   return {kind, mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
 }
 
-bool is_native(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
-               const Tensor& values, const OptTensor& mask) {
-  for (const Tensor* t : {&query, &past_keys, &keys, &past_values, &values})
+// Whether the kernel is for this: few queries for a head of `keys`, and dtypes that it knows.
+bool is_native(const Tensor& query, const Tensor& keys, std::initializer_list<const Tensor*> others, const OptTensor& mask) {
+  for (const Tensor* t : others)
     if (t->scalar_type() != at::kFloat) return false;
-  return !mask || mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat;
+  return query.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat &&
+         query.size(2) * query.size(1) <= kMostRows * keys.size(1) &&
+         (!mask || mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat);
 }
 
 void share_out(const attention::Op& op, bool appends) {
@@ -134,9 +134,10 @@ struct Names<Three> {
 template <class Result>
 Result attend_cpu(const Tensor& query, const Tensor& past_keys, const Tensor& keys, const Tensor& past_values,
                   const Tensor& values, const OptTensor& mask, std::optional<double> scale) {
-  check(query, past_keys, keys, past_values, values);
-  const bool few = query.size(2) * query.size(1) <= kMostRows * keys.size(1);
-  if (!few || !is_native(query, past_keys, keys, past_values, values, mask)) {
+  check_pair("keys", past_keys, keys);
+  check_pair("values", past_values, values);
+  check(query, keys, past_keys.size(2) + keys.size(2), values, past_values.size(2) + values.size(2));
+  if (!is_native(query, keys, {&past_keys, &past_values, &values}, mask)) {
     static const auto reference = fanin::handle_of<Signature<Result>>(Names<Result>::reference);
     return reference.call(query, past_keys, keys, past_values, values, mask, scale);
   }
@@ -144,11 +145,28 @@ Result attend_cpu(const Tensor& query, const Tensor& past_keys, const Tensor& ke
   return result_of<Result>(attend<kAppends>(query, past_keys, keys, past_values, values, mask, scale));
 }
 
+// Attention over a whole cache, to which `written` goes first.
+Tensor attend_whole(const Tensor& query, const Tensor& keys, const Tensor& values, const OptTensor& mask,
+                    std::optional<double> scale, const attention::Written& written) {
+  const int64_t batch = query.size(0), heads = keys.size(1), queries = query.size(2), length = keys.size(2);
+  const Tensor q = with_rows(query), k = with_rows(keys), v = with_rows(values);
+  const Tensor y = fanin::empty_output({batch, queries, query.size(1), values.size(3)}, at::kFloat);
+  const attention::Op op{
+      batch, heads, heads ? query.size(1) / heads : 0, queries, rows_of(q),
+      {rows_of(k), {}, length, 0, keys.size(3), nullptr}, {rows_of(v), {}, length, 0, values.size(3), nullptr},
+      mask_of(mask, {batch, query.size(1), queries, length}), scale_of(scale, keys.size(3)), y.mutable_data_ptr<float>(), written};
+  share_out(op, false);
+  return y.transpose(1, 2);
+}
+
 Tensor attend_cache_cpu(const Tensor& query, const Tensor& keys, const Tensor& values, const OptTensor& mask,
                         std::optional<double> scale) {
   TORCH_CHECK_VALUE(keys.dim() == 4 && values.dim() == 4, "fanin: keys and values must be [batch, heads, length, dim], got ",
                     keys.sizes(), " and ", values.sizes());
-  return attend_cpu<Tensor>(query, keys, keys.narrow(2, 0, 0), values, values.narrow(2, 0, 0), mask, scale);
+  check(query, keys, keys.size(2), values, values.size(2));
+  if (is_native(query, keys, {&values}, mask)) return attend_whole(query, keys, values, mask, scale, {});
+  static const auto reference = fanin::handle_of<decltype(attend_cache_cpu)>("fanin::attend_cache_reference");
+  return reference.call(query, keys, values, mask, scale);
 }
 
 void check_written(const Tensor& keys, const Tensor& values, const Tensor& new_keys, const Tensor& new_values,
@@ -165,29 +183,21 @@ void check_written(const Tensor& keys, const Tensor& values, const Tensor& new_k
 Tensor write_attend_cpu(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                         const Tensor& new_values, const Tensor& position, const OptTensor& mask, std::optional<double> scale) {
   check_written(keys, values, new_keys, new_values, position);
-  check(query, keys, keys.narrow(2, 0, 0), values, values.narrow(2, 0, 0));
+  check(query, keys, keys.size(2), values, values.size(2));
   const auto in_place = [](const Tensor& cache) { return cache.stride(3) == 1 || cache.size(3) <= 1; };
-  if (query.size(2) * query.size(1) > kMostRows * keys.size(1) || !in_place(keys) || !in_place(values) ||
-      !is_native(query, keys, new_keys, values, new_values, mask)) {
+  if (!in_place(keys) || !in_place(values) || !is_native(query, keys, {&values, &new_keys, &new_values}, mask)) {
     static const auto reference = fanin::handle_of<decltype(write_attend_cpu)>("fanin::write_attend_reference");
     return reference.call(query, keys, values, new_keys, new_values, position, mask, scale);
   }
   at::assert_no_internal_overlap(keys);
   at::assert_no_internal_overlap(values);
-  const int64_t batch = query.size(0), heads = keys.size(1), queries = query.size(2), length = keys.size(2);
-  const Tensor q = with_rows(query), k = with_rows(new_keys), v = with_rows(new_values), at = position.contiguous();
+  const Tensor k = with_rows(new_keys), v = with_rows(new_values), at = position.contiguous();
   const int64_t* positions = at.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < at.size(0); ++i)
-    TORCH_CHECK_INDEX(positions[i] >= 0 && positions[i] < length, "fanin: position ", positions[i],
-                      " is not in a cache of length ", length);
-  const Tensor y = fanin::empty_output({batch, queries, query.size(1), values.size(3)}, at::kFloat);
-  const attention::Op op{
-      batch, heads, heads ? query.size(1) / heads : 0, queries, rows_of(q),
-      {rows_of(keys), {}, length, 0, keys.size(3), nullptr}, {rows_of(values), {}, length, 0, values.size(3), nullptr},
-      mask_of(mask, {batch, query.size(1), queries, length}), scale_of(scale, keys.size(3)), y.mutable_data_ptr<float>(),
-      {rows_of(k), rows_of(v), positions, at.size(0), keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>()}};
-  share_out(op, false);
-  return y.transpose(1, 2);
+    TORCH_CHECK_INDEX(positions[i] >= 0 && positions[i] < keys.size(2), "fanin: position ", positions[i],
+                      " is not in a cache of length ", keys.size(2));
+  return attend_whole(query, keys, values, mask, scale,
+                      {rows_of(k), rows_of(v), positions, at.size(0), keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>()});
 }
 
 Tensor write_attend_autograd(c10::DispatchKeySet keys_of, const Tensor& query, const Tensor& keys, const Tensor& values,

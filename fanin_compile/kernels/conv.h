@@ -37,6 +37,10 @@ struct Tile {
   int parts, vectors;
 };
 
+struct Range {
+  int64_t first, last;          // [first, last)
+};
+
 // How x of a unit gets into the lanes. A row: kLanes rows of pixels, one for each lane, in one phase of z and y.
 struct Weave {
   struct Row {
@@ -44,6 +48,8 @@ struct Weave {
     int64_t out;                // floats to its first vector
     std::array<int64_t, kMaxLanes> at;          // elements of channel 0 to the first column of each lane
     int64_t least, most;        // elements that it reads, padding and lanes that are zeros included: [least, most)
+    Range outputs;              // rows of the blocks that read it, numbered as Layout::at() / pitch
+    Range lines;                // of Weave::lines: those that no row before it has
   };
   std::vector<Row> rows;
   std::vector<int64_t> lines;   // an element of each cache line of channel 0
@@ -167,15 +173,12 @@ void run_dead(const Op& op, int64_t image);
 
 inline constexpr int64_t kLine = 64 / sizeof(float);          // floats of a cache line
 inline constexpr int64_t kChannelsAhead = 3;                  // channels lie far apart: their pixels are requested early
-// Spatial layers: Layout's tables for it, and the packing itself.
+// Spatial layers: Layout's tables for it, and the packing itself, of what rows of outputs read, numbered as in Weave::Row.
 void make_weaves(const Shape& shape, Layout& layout);
-void weave(const Op& op, int64_t image, int64_t unit, float* planes);
-struct Range {
-  int64_t first, last;          // of Layout::tiles
-};
-// x of some tiles of a unit. Spatial: of all of them, [in_channels][Layout::channel], from the first position of the unit's
-// first row. Pointwise: [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
-void pack(const Op& op, int64_t image, int64_t unit, Range tiles, float* planes);
+void weave(const Op& op, int64_t image, int64_t unit, Range outputs, float* planes);
+// x of a unit. Spatial: what these rows of outputs read, [in_channels][Layout::channel], from the first position of the unit's
+// first row. Pointwise: of these tiles, [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
+void pack(const Op& op, int64_t image, int64_t unit, Range tiles, Range outputs, float* planes);
 int64_t pack_floats(const Geometry& geometry);  // that it needs, for planes and itself
 
 // Where the outputs of a tile stand in y: the element of output channel 0, or -1 for lanes beyond the image or the batch.

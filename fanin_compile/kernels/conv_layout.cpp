@@ -35,7 +35,7 @@ int64_t tile_parts(const Dims& block) {
 constexpr double kPacking = 9, kStoring = 11, kRun = 20;
 constexpr double kScattering = 2 * kLanes;      // stored lane by lane, where a tile's rows are too short to be transposed
 constexpr double kProduct = kLanes > 8 ? 0.7 : 0.5;           // FMAs that load 64 bytes do not run at two a cycle
-// More, of a packed vector, where a unit does not stay in L2, times by how much, up to what memory takes.
+// More, of a packed vector, where a unit is half as large again as it should be to stay in L2, up to what memory takes.
 constexpr double kFar = 6, kFarthest = 5;
 
 // Cycles that an image takes, roughly: what ranks the ways to spread blocks over lanes.
@@ -51,7 +51,9 @@ double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
   const int64_t row = l.pitch * kLanes * phases * s.in_channels * int64_t{sizeof(float)};
   const int64_t rows = std::min(std::max(unit_bytes() / row - span[1], parts), l.block[1]);
   const double beyond = static_cast<double>((rows + span[1]) * row) / (1.5 * static_cast<double>(unit_bytes()));
-  const double packing = kPacking + (beyond > 1.0 ? kFar * std::min(beyond, kFarthest) : 0.0);
+  // without a step, which would rank what is a little above it behind what is a little below
+  const double far = beyond < 1.0 ? std::max(0.0, 3.0 * beyond - 2.0) : std::min(beyond, kFarthest);
+  const double packing = kPacking + kFar * far;
   const double packed = static_cast<double>((l.block[0] + span[0]) * l.pitch * phases) *
                         static_cast<double>(ceil_div(l.block[1], rows) * (rows + span[1]));
   return (static_cast<double>(s.out_channels) * (static_cast<double>(tiles) * run + storing * outputs) +
@@ -66,9 +68,11 @@ void place(const Shape& s, const Dims& span, Layout& l) {
   l.pitch = l.block[2] + span[2];
 }
 
-void cut_tiles(Layout& l) {
-  const int64_t parts = tile_parts(l.block);
-  const int64_t across = ceil_div(l.block[2], tile_vectors(l.block)), down = ceil_div(l.block[1], parts);
+// even: an even number of them, where several are odd, so that two threads have as many rows.
+void cut_tiles(Layout& l, bool even) {
+  const int64_t parts = tile_parts(l.block), across = ceil_div(l.block[2], tile_vectors(l.block));
+  int64_t down = ceil_div(l.block[1], parts);
+  if (even && down > 1 && l.block[0] * across * down % 2 != 0 && down < l.block[1]) ++down;
   for (int64_t z = 0; z < l.block[0]; ++z)
     for (int64_t i = 0; i < down; ++i)
       for (int64_t j = 0; j < across; ++j) {
@@ -132,7 +136,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
     taps.push_back((shift[0] * l.rows + shift[1]) * l.pitch + shift[2]);
     l.span = std::max(l.span, taps.back());
   }
-  cut_tiles(l);
+  cut_tiles(l, s.shared && w.blocks == 1);
   const int64_t phases = static_cast<int64_t>(l.phases.size());
   const auto floats = [&](int64_t first, int64_t last) {      // whole rows of one phase
     int64_t stop = 0;
@@ -160,10 +164,9 @@ void make_pointwise(const Shape& s, Layout& l) {
   l.images = pixels % kLanes == 0 || pixels >= 16 * kLanes ? 1 : std::min<int64_t>(s.images, kLanes);
   const int64_t vectors = ceil_div(l.images * pixels, kLanes), most = l.together == 1 ? kMaxTile : kNarrow;
   const int64_t tiles = ceil_div(vectors, most);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t from = i * vectors / tiles;
-    l.tiles.push_back({0, 0, from, 1, static_cast<int>((i + 1) * vectors / tiles - from)});
-  }
+  // the larger ones first: of an odd number, the half with one more has no more vectors than it must
+  const auto at = [&](int64_t i) { return i * (vectors / tiles) + std::min(i, vectors % tiles); };
+  for (int64_t i = 0; i < tiles; ++i) l.tiles.push_back({0, 0, at(i), 1, static_cast<int>(at(i + 1) - at(i))});
   l.plane = l.channel = (l.together == 1 ? std::min(vectors, most) : most) * kLanes;        // codes count by it
   cut_units(l, 1, s.shared, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
 }

@@ -131,8 +131,8 @@ int64_t pack_floats(const Geometry& geometry) {
   return l.pointwise ? channels * l.channel * l.unit_tiles : channels * (l.channel + 1);
 }
 
-void pack(const Op& op, int64_t image, int64_t unit, Range tiles, float* planes) {
-  if (!op.geometry->layout.pointwise) return weave(op, image, unit, planes);
+void pack(const Op& op, int64_t image, int64_t unit, Range tiles, Range outputs, float* planes) {
+  if (!op.geometry->layout.pointwise) return weave(op, image, unit, outputs, planes);
   with_dtype(op.x_type, [&](auto zero) { pack_pixels<decltype(zero)>(op, image, tiles, planes); });
 }
 

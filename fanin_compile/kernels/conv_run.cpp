@@ -118,6 +118,30 @@ struct Parts {
 
 int64_t scratch_floats(const Op& op) { return Parts(op).end; }
 
+namespace {
+
+// A part of the rows of these tiles, counted from their first on.
+struct Rows {
+  int64_t first, last;
+
+  Range of(const Tile& tile, int64_t before) const {            // of a tile's parts, with so many rows before it
+    return {std::clamp<int64_t>(first - before, 0, tile.parts), std::clamp<int64_t>(last - before, 0, tile.parts)};
+  }
+};
+
+// The rows of outputs that they stand in, numbered as in Weave::Row.
+Range outputs_of(const Layout& l, Range tiles, Rows rows) {
+  Range outputs{std::numeric_limits<int64_t>::max(), 0};
+  for (int64_t i = tiles.first, before = 0; i < tiles.last; before += l.tiles[i++].parts) {
+    const auto [from, to] = rows.of(l.tiles[i], before);
+    const int64_t row = l.at(l.tiles[i]) / l.pitch;
+    if (from < to) outputs = {std::min(outputs.first, row + from), std::max(outputs.last, row + to)};
+  }
+  return outputs;
+}
+
+}  // namespace
+
 void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Structure& w = *op.weight;
   const Layout& l = op.geometry->layout;
@@ -125,19 +149,19 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const bool by_block = w.blocks > 1;
   const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
   // of one block, threads share the rows of all tiles
-  const int64_t rows = l.rows_in(unit);
-  int64_t first_row = by_block ? 0 : cut(rows, part.part), last_row = by_block ? rows : cut(rows, part.part + 1);
-  if (first_block == last_block || first_row == last_row) return;
+  const int64_t count = l.rows_in(unit);
+  Rows rows{by_block ? 0 : cut(count, part.part), by_block ? count : cut(count, part.part + 1)};
+  if (first_block == last_block || rows.first == rows.last) return;
   Range tiles{l.unit[unit], l.unit[unit + 1]};
   if (l.pointwise) {            // a tile is a row, and packed by itself
-    tiles = {tiles.first + first_row, tiles.first + last_row};
-    first_row = 0, last_row = tiles.last - tiles.first;
+    tiles = {tiles.first + rows.first, tiles.first + rows.last};
+    rows = {0, tiles.last - tiles.first};
   }
   const Tile *first = l.tiles.data() + tiles.first, *last = l.tiles.data() + tiles.last;
   const Parts parts(op);
   float *sums = scratch, *widened = scratch + parts.values, *planes = scratch + parts.planes;
   uint32_t* decoded = reinterpret_cast<uint32_t*>(scratch + parts.offsets);
-  pack(op, image, unit, tiles, planes);
+  pack(op, image, unit, tiles, outputs_of(l, tiles, rows), planes);
 
   Places places;
   Target target{};
@@ -150,10 +174,10 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
                       (op.act == Act::none || op.act == Act::relu || op.act == Act::relu6);
   const Decoder decode(l, w.taps);
   const int64_t chunks = w.chunks(), tile_step = l.packed_channels(op.geometry->shape) * l.channel;
-  int64_t row = 0;
+  int64_t before = 0;
   bool request = true;          // later tiles find the weights in L2, mostly
-  for (const Tile* whole = first; whole < last; row += whole->parts, ++whole) {
-    const int64_t from = std::clamp<int64_t>(first_row - row, 0, whole->parts), to = std::clamp<int64_t>(last_row - row, 0, whole->parts);
+  for (const Tile* whole = first; whole < last; before += whole->parts, ++whole) {
+    const auto [from, to] = rows.of(*whole, before);
     if (from == to) continue;
     const Tile tile{whole->z, whole->y + from, whole->x, static_cast<int>(to - from), whole->vectors};
     const bool finished = places_of(op, image, tile, places) && simple;

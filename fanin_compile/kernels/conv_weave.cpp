@@ -29,11 +29,20 @@ void make_columns(const Shape& s, const Kind& kind, Layout& l) {
   }
 }
 
-// Rows [first, last) of the blocks, in one phase of z and y; planes begin with row `begin`.
-void make_rows(const Shape& s, std::array<int64_t, 2> phase, int64_t begin, int64_t first, int64_t last, std::vector<Kind>& kinds,
-               Layout& l, Weave& weave) {
-  for (int64_t r = first; r < last; ++r) {
-    Weave::Row row{0, (r - begin) * l.pitch * kLanes, {}, 0, 0};
+// The rows of pixels, of a phase of z and y, that taps reach from a row of outputs.
+struct Reach {
+  std::array<int64_t, 2> phase;
+  int64_t least, most;
+};
+
+// What rows `outputs` of the blocks read in one phase; planes begin with the first of them.
+void make_rows(const Shape& s, const Reach& reach, Range outputs, std::vector<Kind>& kinds, Layout& l, Weave& weave) {
+  const auto& phase = reach.phase;
+  for (int64_t r = outputs.first + reach.least; r < outputs.last + reach.most; ++r) {
+    Weave::Row row{};
+    row.out = (r - outputs.first) * l.pitch * kLanes;
+    row.outputs = {r - reach.most, r - reach.least + 1};
+    row.lines.first = static_cast<int64_t>(weave.lines.size());
     Kind kind{phase, 0};
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t z = (r / l.rows + l.low[0]) * s.stride[0] + phase[0];
@@ -42,8 +51,10 @@ void make_rows(const Shape& s, std::array<int64_t, 2> phase, int64_t begin, int6
       if (z < 0 || z >= s.in[0] || y < 0 || y >= s.in[1]) continue;          // read from the first pixel on, and dropped
       kind.inside |= 1u << lane;
       row.at[lane] = image_of(l, lane) * s.in_channels * s.pixels_in() + (z * s.in[1] + y) * s.in[2] + x;
-      for (int64_t i = row.at[lane] / kLine; i <= (row.at[lane] + l.columns - 1) / kLine; ++i) weave.lines.push_back(i * kLine);
+      for (int64_t i = row.at[lane] / kLine; i <= (row.at[lane] + l.columns - 1) / kLine; ++i)
+        if (std::find(weave.lines.begin(), weave.lines.end(), i * kLine) == weave.lines.end()) weave.lines.push_back(i * kLine);
     }
+    row.lines.last = static_cast<int64_t>(weave.lines.size());
     const auto found = std::find(kinds.begin(), kinds.end(), kind);
     row.kind = found - kinds.begin();
     if (found == kinds.end()) kinds.push_back(kind), make_columns(s, kind, l);
@@ -83,8 +94,10 @@ void weave_by_pixel(const Layout& l, const int32_t* inside, const Weave::Row& ro
       out[to[q] + lane] = inside[q * kLanes + lane] != 0 ? widen1(x + row.at[lane] + q) : 0.0f;
 }
 
+using Needed = std::vector<const Weave::Row*>;
+
 template <class X>
-void weave_planar(const Op& op, int64_t image, const Weave& weave, const int32_t* inside, float* planes) {
+void weave_planar(const Op& op, int64_t image, const Weave& weave, const Needed& rows, const int32_t* inside, float* planes) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
   const int64_t channels = s.in_channels, pixels = s.pixels_in();
@@ -92,25 +105,27 @@ void weave_planar(const Op& op, int64_t image, const Weave& weave, const int32_t
     const int64_t before = (image * channels + c) * pixels, behind = op.batch * channels * pixels - before;
     const X* x = static_cast<const X*>(op.x) + before;
     const int64_t ahead = std::min(kChannelsAhead, channels - 1 - c) * pixels;
-    for (const int64_t at : weave.lines) __builtin_prefetch(x + ahead + at);
-    for (const Weave::Row& row : weave.rows) {
-      if (row.least >= -before && row.most <= behind) weave_row(l, inside, row, x, planes);
-      else weave_by_pixel(l, inside, row, x, planes);
+    for (const Weave::Row* row : rows)
+      for (int64_t i = row->lines.first; i < row->lines.last; ++i) __builtin_prefetch(x + ahead + weave.lines[i]);
+    for (const Weave::Row* row : rows) {
+      if (row->least >= -before && row->most <= behind) weave_row(l, inside, *row, x, planes);
+      else weave_by_pixel(l, inside, *row, x, planes);
     }
   }
 }
 
 // x[pixel][channel]: a vector's lanes are gathered kPiece channels at a time, which the transposes tell apart.
 template <class X>
-void weave_channels_last(const Op& op, int64_t image, const Weave& weave, const int32_t* inside, float* planes) {
+void weave_channels_last(const Op& op, int64_t image, const Needed& rows, const int32_t* inside, float* planes) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
   const int64_t channels = s.in_channels, size = channels * s.pixels_in();
   const X* x = static_cast<const X*>(op.x) + image * size;
   float* zeros = planes + channels * l.channel;
   std::fill_n(zeros, channels, 0.0f);
-  for (const Weave::Row& row : weave.rows)
+  for (const Weave::Row* needed : rows)
     for (int64_t q = 0; q < l.columns; ++q) {
+      const Weave::Row& row = *needed;
       const int64_t column = row.kind * l.columns + q;
       if (l.column_out[column] < 0) continue;
       const X* lanes[kLanes];
@@ -140,8 +155,8 @@ Weave without_missing(const Layout& l, int64_t images, const Weave& weave, std::
     for (size_t i = lane; i < inside.size(); i += kLanes) inside[i] = 0;
     for (Weave::Row& row : few.rows) row.at[lane] = row.at[0];
   }
-  for (Weave::Row& row : few.rows) row.most = *std::max_element(row.at.begin(), row.at.begin() + kLanes) + l.columns;
-  few.lines.clear();
+  for (Weave::Row& row : few.rows)
+    row.most = *std::max_element(row.at.begin(), row.at.begin() + kLanes) + l.columns, row.lines = {};
   return few;
 }
 
@@ -149,11 +164,6 @@ Weave without_missing(const Layout& l, int64_t images, const Weave& weave, std::
 
 void make_weaves(const Shape& s, Layout& l) {
   l.columns = (l.pitch * s.stride[2] + kPiece - 1) / kPiece * kPiece;
-  // of each phase of z and y: the rows which its taps reach from a row of outputs
-  struct Reach {
-    std::array<int64_t, 2> phase;
-    int64_t least, most;
-  };
   std::vector<Reach> reaches;
   for (const int64_t tap : l.taps) {
     const Dims& p = l.phases[tap * kLanes / l.plane];
@@ -170,14 +180,12 @@ void make_weaves(const Shape& s, Layout& l) {
     for (int64_t i = l.unit[unit]; i < l.unit[unit + 1]; ++i)
       last = std::max(last, l.at(l.tiles[i]) / l.pitch + l.tiles[i].parts);
     Weave weave;
-    for (const Reach& r : reaches) make_rows(s, r.phase, first, first + r.least, last + r.most, kinds, l, weave);
-    std::sort(weave.lines.begin(), weave.lines.end());
-    weave.lines.erase(std::unique(weave.lines.begin(), weave.lines.end()), weave.lines.end());
+    for (const Reach& r : reaches) make_rows(s, r, {first, last}, kinds, l, weave);
     l.weaves.push_back(std::move(weave));
   }
 }
 
-void weave(const Op& op, int64_t image, int64_t unit, float* planes) {
+void weave(const Op& op, int64_t image, int64_t unit, Range outputs, float* planes) {
   const Layout& l = op.geometry->layout;
   const int32_t* inside = l.column_inside.data();
   const Weave* weave = &l.weaves[unit];
@@ -188,10 +196,13 @@ void weave(const Op& op, int64_t image, int64_t unit, float* planes) {
     few = without_missing(l, op.batch - image, *weave, present);
     inside = present.data(), weave = &few;
   }
+  Needed rows;
+  for (const Weave::Row& row : weave->rows)
+    if (row.outputs.first < outputs.last && row.outputs.last > outputs.first) rows.push_back(&row);
   with_dtype(op.x_type, [&](auto zero) {
     using X = decltype(zero);
-    if (op.channels_last) weave_channels_last<X>(op, image, *weave, inside, planes);
-    else weave_planar<X>(op, image, *weave, inside, planes);
+    if (op.channels_last) weave_channels_last<X>(op, image, rows, inside, planes);
+    else weave_planar<X>(op, image, *weave, rows, inside, planes);
   });
 }
 

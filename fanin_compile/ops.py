@@ -202,7 +202,7 @@ def scratch_nbytes() -> int:
 
 
 def kept_output_nbytes() -> int:
-    """Bytes of freed outputs of 1 MiB and more that are kept for the next calls; 0 without native kernels.
+    """Bytes of freed outputs of 128 KiB and more that are kept for the next calls; 0 without native kernels.
 
     Never more than were in use at one time. Handed back to the system, their pages would be cleared anew in each call.
     """

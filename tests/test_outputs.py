@@ -93,8 +93,11 @@ def test_a_large_block_stays_though_a_smaller_one_serves_less_than_it_could() ->
 def test_small_outputs_are_not_served_from_it() -> None:
     call(2)
     before = ops.kept_output_nbytes()
-    ops.gather_matmul(torch.randn(3, 64), PACKED.values, PACKED.structure, None, 256)
+    small = ops.gather_matmul(torch.randn(127, 64), PACKED.values, PACKED.structure, None, 256)
     assert ops.kept_output_nbytes() == before
+    larger = ops.gather_matmul(torch.randn(128, 64), PACKED.values, PACKED.structure, None, 256)
+    assert ops.kept_output_nbytes() == 0
+    assert small.nbytes < 128 << 10 == larger.nbytes
 
 
 def test_views_keep_their_memory_and_threads_do_not_disturb_each_other() -> None:

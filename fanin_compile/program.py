@@ -1,19 +1,20 @@
 """Programs: operators in the order in which they run, as text that both Python and C++ read.
 
-    ["program", 3, 0]                                                  how many tensors and numbers it is given
-    ["fanin::gather_matmul", [3], ["%0", "%1", "%2", null, 64, "relu", null, null]]
-    ["aten::view", [4], ["%3", [8, 64]]]
-    ["return", [4]]
+    ['program', 3, 0];                                                 how many tensors and numbers it is given
+    ['fanin::gather_matmul', [3], ['%0', '%1', '%2', None, 64, 'relu', None, None]];
+    ['aten::view', [4], ['%3', [8, 64]]];
+    ['return', [4]]
 
-A line is a JSON list: an operator with its overload, the registers that its results go to (null: nobody reads that one;
-an operator that returns a list fills as many as there are), and all its arguments in the order of the schema. "%7" is
-register 7, of which the inputs are the first; "$2" is size 2. kernels/program_bindings.cpp runs the same text.
+A line is a list as Python writes it: an operator with its overload, the registers that its results go to (None: nobody
+reads that one; an operator that returns a list fills as many as there are), and all its arguments in the order of the
+schema. '%7' is register 7, of which the inputs are the first; '$2' is size 2. All lines stand in one, and no quote or
+backslash that generated C++ code would have to escape. kernels/program_bindings.cpp runs the same text.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from .errors import FormatError
 
+_END = "; "  # of a line
 Argument = Any  # None, bool, int, float, str, Register, Size, or a list of such
 
 
@@ -64,7 +66,7 @@ class Program:
         lines: list[object] = [["program", self.inputs, self.sizes]]
         lines += ([step.op, list(step.results), _encode(step.arguments)] for step in self.instructions)
         lines.append(["return", list(self.outputs)])
-        return "\n".join(json.dumps(line, allow_nan=False) for line in lines)
+        return _END.join(map(repr, lines))
 
     def __call__(self, inputs: Sequence[Tensor], sizes: Sequence[int | torch.SymInt] = ()) -> list[Tensor]:
         """Run it, operator by operator.
@@ -105,7 +107,7 @@ def representable(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(representable(item) for item in value)
     if isinstance(value, str):
-        return value.isascii() and value.isprintable() and not set(value) & set('%$"\\')
+        return value.isascii() and value.isprintable() and not set(value) & set("%$\"'\\;")
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int)
@@ -134,7 +136,7 @@ def operator_named(name: str) -> torch._ops.OpOverload:
 def parse(text: str) -> Program:
     """The program that to_text() wrote. FormatError if it is none."""
     try:
-        (first, inputs, sizes), *lines = (json.loads(line) for line in text.split("\n"))
+        (first, inputs, sizes), *lines = (ast.literal_eval(line) for line in text.split(_END))
         last, outputs = lines.pop()
         if (first, last) != ("program", "return"):
             raise ValueError(
@@ -145,7 +147,7 @@ def parse(text: str) -> Program:
             for op, results, arguments in lines
         )
         return Program(inputs, sizes, steps, tuple(outputs))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, SyntaxError) as error:
         raise FormatError(f"no program: {error}") from error
 
 

@@ -42,7 +42,7 @@ _CONSTANTS = st.one_of(
     st.booleans(),
     st.integers(-(2**62), 2**62),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.sampled_from(("none", "gelu_tanh", "a b, c]")),
+    st.sampled_from(("none", "gelu_tanh", "a b, [c]", "None", "")),
 )
 _ARGUMENTS = st.recursive(
     st.one_of(_CONSTANTS, st.builds(Register, st.integers(0, 99)), st.builds(Size, st.integers(0, 9))),
@@ -71,7 +71,21 @@ def test_text_and_back(program: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [math.inf, math.nan, torch.float32, "%7", "$1", 'a"b', "a\\b", "a\nb", "ä", [1, torch.strided]]
+    "value",
+    [
+        math.inf,
+        math.nan,
+        torch.float32,
+        "%7",
+        "$1",
+        'a"b',
+        "a\\b",
+        "a\nb",
+        "ä",
+        "a'b",
+        "a; b",
+        [1, torch.strided],
+    ],
 )
 def test_what_cannot_stand_in_a_text_is_known(value: object) -> None:
     assert not representable(value)
@@ -168,7 +182,7 @@ def test_what_is_read_for_the_last_time_is_freed() -> None:
     [
         ("", "ends early|no program"),
         ("nonsense", "no operator|no number|no program"),
-        ('["program", 1, 0]', "no line 'return'|no program"),
+        ("['program', 1, 0]", "no line 'return'|no program"),
         (simple(("aten::neg", (1,), (Register(2),))), "register 2 before it is written"),
         (simple(("aten::neg", (0,), (Register(0),)), outputs=(0,)), "register 0 twice"),
         (simple(("aten::neg", (1, 2), (Register(0),))), "takes 2 results of aten::neg, expected 1"),
@@ -191,7 +205,7 @@ def test_what_is_no_program_is_refused(text: str, message: str) -> None:
 
 
 def test_python_refuses_it_too() -> None:
-    for text in ("", "nonsense", '["program", 1, 0]', '["return", []]', '["program", 1, 0]\n["retrun", []]'):
+    for text in ("", "nonsense", "['program', 1, 0]", "['return', []]", "['program', 1, 0]; ['retrun', []]"):
         with pytest.raises(FormatError, match="no program"):
             parse(text)
     with pytest.raises(ValueError, match="given 2 tensors and 0 sizes, expected 1 and 0"):

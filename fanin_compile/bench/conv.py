@@ -156,7 +156,9 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
         _Layers(case, [w.contiguous(memory_format=format) for w in weights])
         for format in (torch.contiguous_format, torch.channels_last)
     )
-    compiled = torch.compile(dense, backend="fanin", options={"strict": True, "cost_gate": False}, dynamic=False)
+    compiled = torch.compile(
+        dense, backend="fanin", options={"strict": True, "cost_gate": False}, dynamic=False
+    )
     runs: dict[tuple[str, str, str], Callable[[], list[Tensor]]] = {
         ("ours", "eager", CONTIGUOUS): lambda: ours(x),
         ("ours", "compiled", CONTIGUOUS): lambda: compiled(x),

@@ -42,7 +42,7 @@ struct Program {
 
 // ---- reading a text ------------------------------------------------------------------------------------------------------
 
-// One value of a line: null, true, false, a number, a string without escapes, a list of values.
+// One value of a line: None, True, False, a number, a string without escapes, a list of values.
 struct Value {
   enum class Kind { null, boolean, integer, real, string, list } kind = Kind::null;
   int64_t integer = 0;
@@ -79,16 +79,17 @@ class Reader {
         if (peek() == ',') ++at_;
       }
       ++at_;
-    } else if (c == '"') {
-      const size_t end = line_.find('"', at_ + 1);
+    } else if (c == '\'') {
+      const size_t end = line_.find('\'', at_ + 1);
       TORCH_CHECK_VALUE(end != line_.npos, "fanin: a string has no end in line '", line_, "' of a program");
       v.kind = Value::Kind::string, v.string = line_.substr(at_ + 1, end - at_ - 1), at_ = end + 1;
     } else {
-      const std::string_view word = line_.substr(at_, line_.find_first_of(",] ", at_) - at_);
+      const std::string_view word = line_.substr(at_, std::min(line_.find_first_of(",] ", at_), line_.size()) - at_);
       at_ += word.size();
-      if (word == "true" || word == "false") v.kind = Value::Kind::boolean, v.integer = word == "true";
-      else if (word.find_first_of(".eE") != word.npos) v.kind = Value::Kind::real, v.real = number_in<double>(word);
-      else if (word != "null") v.kind = Value::Kind::integer, v.integer = number_in<int64_t>(word);
+      if (word == "True" || word == "False") v.kind = Value::Kind::boolean, v.integer = word == "True";
+      else if (word == "None") v.kind = Value::Kind::null;
+      else if (word.find_first_of(".e") != word.npos) v.kind = Value::Kind::real, v.real = number_in<double>(word);
+      else v.kind = Value::Kind::integer, v.integer = number_in<int64_t>(word);
     }
     return v;
   }
@@ -190,7 +191,7 @@ std::shared_ptr<const Program> parse(std::string_view text) {
   auto p = std::make_shared<Program>();
   bool ended = false;
   for (size_t at = 0; at <= text.size();) {
-    const size_t end = std::min(text.find('\n', at), text.size());
+    const size_t end = std::min(text.find(';', at), text.size());
     const Value whole = Reader(text.substr(at, end - at)).value();
     const std::vector<Value>& line = list_of(whole, 0);
     TORCH_CHECK_VALUE(!ended && !line.empty() && line[0].kind == Value::Kind::string, "fanin: a line of a program names no operator");

@@ -33,7 +33,7 @@ from fanin_compile.graph import (
     written_args,
 )
 from fanin_compile.moves import VIEWS
-from fanin_compile.ops_program import MOST_OUTPUTS, writing_overload
+from fanin_compile.ops_program import MOST_OUTPUTS, program_op
 from fanin_compile.program import Argument, Instruction, Program, Register, Size, name_of, representable
 
 fanin, aten = torch.ops.fanin, torch.ops.aten
@@ -231,19 +231,17 @@ class _Writer:
 def _join(graph: fx.Graph, run: _Run) -> None:
     exposed = run.exposed()
     outputs = [node for node in (*run.operators, *run.views) if node in exposed and run.computes(node)]
-    if run.written and not 1 <= len(outputs) <= MOST_OUTPUTS:
+    if not outputs or (run.written and len(outputs) > MOST_OUTPUTS):
         return
     writer = _Writer(run)
     text = writer.program(outputs).to_text()
+    tensors = (writer.inputs, writer.written) if run.written else (writer.inputs,)
     with graph.inserting_after(run.operators[-1]):
-        if run.written:
-            args = (writer.inputs, writer.written, writer.sizes, text)
-            joined = graph.call_function(writing_overload(len(outputs)), args)
-        else:
-            joined = graph.call_function(fanin.run_program.default, (writer.inputs, writer.sizes, text))
+        op = program_op(len(outputs), writes=bool(run.written))
+        joined = graph.call_function(op, (*tensors, writer.sizes, text))
     values = [node.meta["val"] for node in outputs]
     last = joined
-    if run.written and len(outputs) == 1:
+    if len(outputs) == 1:
         joined.meta["val"] = values[0]
         outputs[0].replace_all_uses_with(joined)
     else:

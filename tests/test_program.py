@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fanin_compile import ops
 from fanin_compile.errors import FormatError
-from fanin_compile.ops_program import MOST_OUTPUTS, writing_overload
+from fanin_compile.ops_program import MOST_OUTPUTS, program_op
 from fanin_compile.program import (
     Instruction,
     Program,
@@ -221,11 +221,12 @@ _WRITES = ("aten::add_.Tensor", (None,), (Register(1), Register(0), 1))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
     inputs = [torch.randn(3, 4, dtype=dtype) for _ in range(2)]
-    torch.library.opcheck(run_program, (inputs, [], simple(_SUM, inputs=2, outputs=(2,))))
+    for op in (run_program, program_op(1, writes=False)):
+        torch.library.opcheck(op, (inputs, [], simple(_SUM, inputs=2, outputs=(2,))))
     for outputs in (1, 3, MOST_OUTPUTS):
         negs = [("aten::neg", (i,), (Register(1),)) for i in range(2, 2 + outputs)]
         text = simple(_WRITES, *negs, inputs=2, outputs=tuple(range(2, 2 + outputs)))
-        torch.library.opcheck(writing_overload(outputs), (inputs[:1], inputs[1:], [], text))
+        torch.library.opcheck(program_op(outputs, writes=True), (inputs[:1], inputs[1:], [], text))
 
 
 def test_a_compiled_graph_writes_to_its_own_inputs_and_copies_none() -> None:
@@ -233,7 +234,7 @@ def test_a_compiled_graph_writes_to_its_own_inputs_and_copies_none() -> None:
     text = simple(_WRITES, ("aten::sum", (2,), (Register(1), None)), inputs=2, outputs=(2,))
 
     def step(x: Tensor, cache: Tensor) -> Tensor:
-        y: Tensor = writing_overload(1)([2 * x], [cache], [], text)
+        y: Tensor = program_op(1, writes=True)([2 * x], [cache], [], text)
         return y + 1
 
     torch._dynamo.reset()

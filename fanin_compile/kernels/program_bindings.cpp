@@ -321,6 +321,7 @@ void run(const c10::OperatorHandle& op, Stack* caller) {
 TORCH_LIBRARY_IMPL(fanin, CPU, m) {
   const auto boxed = [] { return torch::CppFunction::makeFromBoxedFunction<&run>(); };
   m.impl("run_program", boxed());
+  m.impl("run_program.of1", boxed());
   for (const char* outputs : {"1", "2", "3", "4", "5", "6", "7", "8"})
     m.impl((std::string("run_program_writing.of") + outputs).c_str(), boxed());
 }

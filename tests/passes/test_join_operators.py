@@ -55,10 +55,13 @@ class Layers(nn.Module):
         return self.body(*self.layers, *inputs)
 
 
+def _runs(gm: fx.GraphModule) -> list[fx.Node]:
+    """The operators that run several."""
+    return [node for node in gm.graph.nodes if "run_program" in str(node.target)]
+
+
 def _programs(gm: fx.GraphModule) -> list[Program]:
-    """Of the operators that run several, in the order of the graph."""
-    texts = (node.args[-1] for node in gm.graph.nodes if "run_program" in str(node.target))
-    return [parse(text) for text in texts]
+    return [parse(str(node.args[-1])) for node in _runs(gm)]
 
 
 def _ops(program: Program) -> list[str]:
@@ -85,7 +88,7 @@ def test_joins_a_chain_and_what_moves_elements_in_it() -> None:
     ]
     assert not calls(gm, MATMUL)
     assert len(program.outputs) == 1
-    (node,) = calls(gm, fanin.run_program.default)
+    (node,) = _runs(gm)
     # x, and values, structure and bias of each layer
     assert program.inputs == len(node.args[0]) == 13  # type: ignore[arg-type]
 
@@ -113,7 +116,7 @@ def test_all_that_others_read_comes_out() -> None:
     )
     assert _ops(program) == ["gather_matmul", "aten::as_strided", *FOUR[:2]]
     assert len(program.outputs) == 3
-    (node,) = calls(gm, fanin.run_program.default)
+    (node,) = _runs(gm)
     assert len(calls(gm, operator.getitem)) == 3
     later = [aten.view.default, aten.sin.default, aten.cos.default]
     assert all(node < call for target in later for call in calls(gm, target))
@@ -122,7 +125,7 @@ def test_all_that_others_read_comes_out() -> None:
 def test_what_needs_none_of_them_runs_before_them() -> None:
     gm, (program,) = _joined(lambda a, b, c, d, x: (h := b(a(x)), w := x.sin(), d(c(h)) + d(w))[-1])
     assert _ops(program) == [*FOUR, "gather_matmul"]
-    (sin,), (node,) = calls(gm, aten.sin.default), calls(gm, fanin.run_program.default)
+    (sin,), (node,) = calls(gm, aten.sin.default), _runs(gm)
     assert sin < node
     assert sin in node.args[0]  # type: ignore[operator]
 
@@ -131,7 +134,7 @@ def test_what_needs_one_of_them_ends_the_run() -> None:
     gm, programs = _joined(lambda a, b, c, d, x: c(b(a(d(c(b(a(x))).softmax(-1))))))
     assert [_ops(program) for program in programs] == [FOUR[:3], FOUR]
     (softmax,) = calls(gm, aten.softmax.int)
-    first, second = calls(gm, fanin.run_program.default)
+    first, second = _runs(gm)
     assert first < softmax < second
 
 
@@ -309,6 +312,21 @@ def test_any_size_of_a_dynamic_batch(dynamo: None, monkeypatch: pytest.MonkeyPat
     assert len(compilations) <= 2
     assert all(len(of_graph) == 1 for of_graph in programs)
     assert programs[0][0].sizes >= 1
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_inductors_wrapper_in_cpp_runs_it(
+    outputs: int, dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which generates the text into C++ code, and takes the results apart by itself."""
+    programs = _compiled_programs(monkeypatch)
+    model = Layers(lambda a, b, c, d, x: (d(y := c(b(a(x)).view(12, 16))).abs(), y.abs())[:outputs]).eval()
+    x = randn(2, 6, 16)
+    with torch.no_grad(), no_warning_of_ours():
+        fast = compiled(model, options={"inductor": {"cpp_wrapper": True}})
+        assert_equals_model(fast(x), model, x)
+    ((program,),) = programs
+    assert len(program.outputs) == outputs
 
 
 def test_weights_that_change_reach_the_program(dynamo: None, monkeypatch: pytest.MonkeyPatch) -> None:

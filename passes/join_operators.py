@@ -67,31 +67,38 @@ class _Run:
 
     def takes(self, node: fx.Node) -> bool:
         """Whether `node` may be the next one; if so, it is."""
+        given = [arg for arg in node.all_input_nodes if arg not in self.inside]
+        written: list[fx.Node] = []
         if node.target in OURS or (node.target is _OVER_RESIDUAL and node.args[-1] in self.operators):
             part = self.operators
-        elif node.target is _WRITE_ATTEND and self._may_write(node):
-            part = self.operators
-            self.written.update(dict.fromkeys(written_args(node)))
+        elif node.target is _WRITE_ATTEND:
+            part, written = self.operators, list(written_args(node))
         elif _hands_on(node) and node.args[0] in self.inside:
             part = self.views
         else:
             return False
-        if not all(_has_text(argument) for argument in node.args):
+        if not all(_has_text(argument) for argument in node.args) or not self._one_name_each(given, written):
             return False
         part.append(node)
-        self.given.update(dict.fromkeys(arg for arg in node.all_input_nodes if arg not in self.inside))
+        self.given.update(dict.fromkeys(given))
+        self.written.update(dict.fromkeys(written))
         self.inside.add(node)
         return True
 
-    def _may_write(self, node: fx.Node) -> bool:
-        """Whether the caches that `node` writes to are known by one name alone in this run."""
-        caches = list(written_args(node))
+    def _one_name_each(self, given: Sequence[fx.Node], written: Sequence[fx.Node]) -> bool:
+        """Whether what the run writes to comes from outside and is known to it by one name alone, with these as well.
+
+        torch takes writing operators for functions of what they were given: another name would keep the old rows.
+        """
+        caches = dict.fromkeys((*self.written, *written))
         if any(cache in self.inside for cache in caches):
             return False
-        others = [arg for arg in (*self.given, *node.all_input_nodes) if arg not in caches]
         roots = [storage_roots(cache) for cache in caches]
-        alone = all(storage_roots(arg).isdisjoint(set().union(*roots)) for arg in others)
-        return alone and sum(map(len, roots)) == len(set().union(*roots))
+        together = set[fx.Node]().union(*roots)
+        others = (arg for arg in (*self.given, *given) if arg not in caches)
+        return sum(map(len, roots)) == len(together) and all(
+            storage_roots(arg).isdisjoint(together) for arg in others
+        )
 
     def lets_pass(self, node: fx.Node) -> bool:
         """Whether `node` may as well come before the run."""
@@ -133,7 +140,9 @@ def _hands_on(node: fx.Node) -> bool:
 def _has_text(argument: object) -> bool:
     if isinstance(argument, list | tuple):
         return all(_has_text(item) for item in argument)
-    return isinstance(argument, fx.Node) or representable(argument)
+    if isinstance(argument, fx.Node):
+        return isinstance(argument.meta.get("val"), Tensor | torch.SymInt | int | list | tuple)
+    return representable(argument)
 
 
 def _runs(graph: fx.Graph) -> Iterator[_Run]:
@@ -151,7 +160,8 @@ def _renew_values(graph: fx.Graph) -> bool:
     """Bring strides up to date, which passes leave as those of what they replaced. False if more than that changed."""
     for node in graph.nodes:
         before = node.meta.get("val")
-        if node.op == "call_function" and isinstance(before, Tensor | list | tuple):
+        known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if known and isinstance(before, Tensor | list | tuple):
             renew_value(graph, node)
             if not _same(before, node.meta["val"]):
                 return False  # as under autocast, which is off here

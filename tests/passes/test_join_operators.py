@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fanin_compile import backend, capture, ops
 from fanin_compile.backend import record
+from fanin_compile.graph import storage_roots
 from fanin_compile.ops_program import MOST_OUTPUTS
 from fanin_compile.passes import LOWERING, PIPELINE
 from fanin_compile.passes.condense_conv import condense_conv
@@ -23,6 +24,7 @@ from fanin_compile.passes.lower_cache_attention import lower_cache_attention
 from fanin_compile.passes.reuse_residuals import reuse_residuals
 from fanin_compile.program import Program, parse
 from tests.compile_support import (
+    any_type,
     assert_equals_model,
     compiled,
     no_warning_of_ours,
@@ -277,6 +279,36 @@ def test_a_cache_that_is_written_twice_is_one_input() -> None:
     for node in gm.graph.nodes:
         if "run_program_writing" in str(node.target):
             assert len(set(node.args[1])) == len(node.args[1]) == 2
+
+
+class Aliased(Decoder):
+    """What the first layer wrote is attended to once more, by names from before."""
+
+    def forward(self, x: Tensor, *caches: Tensor) -> Any:
+        keys, values = (cache.transpose(0, 1).transpose(0, 1) for cache in caches[:2])
+        x = super().forward(x, *caches)
+        for i in range(2):
+            q = self.qkv[i](x)[..., :WIDTH].view(2, 1, HEADS, SIZE).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, keys, values)
+            x = x + self.out[i](y.transpose(1, 2).reshape(2, 1, WIDTH))
+        return x
+
+
+def test_what_is_written_has_one_name_in_a_run(dynamo: None) -> None:
+    inputs = _decoder_inputs(1)
+    gm = graph_of(Aliased(2), *inputs, *_decoder_inputs(1)[1:])
+    run(gm, *DECODING, inputs=(*inputs, *_decoder_inputs(1)[1:]))
+    writing = [node for node in _runs(gm) if "writing" in str(node.target)]
+    assert writing
+    for node in writing:
+        given, written = (
+            {root for arg in args for root in storage_roots(arg)} for args in any_type(node.args[:2])
+        )
+        assert given.isdisjoint(written)
+    model = Aliased(2).eval()
+    with torch.no_grad():
+        tensors = (*_decoder_inputs(1), *_decoder_inputs(1)[1:])
+        assert_equals_model(compiled(model)(*(t.clone() for t in tensors)), model, *tensors)
 
 
 # ---- in the backend --------------------------------------------------------------------------------------

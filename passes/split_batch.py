@@ -66,8 +66,10 @@ def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 def _trimmed(run: list[fx.Node]) -> Iterator[list[fx.Node]]:
     large = [i for i, node in enumerate(run) if max(map(_nbytes, [node, *_batched(node)])) > MOST_BYTES]
-    if large:
-        yield run[large[0] : large[-1] + 1]
+    stretch = run[large[0] : large[-1] + 1] if large else []
+    # putting the parts together is a copy, which pays if a large tensor is written and read within the stretch
+    if any(_nbytes(node) > MOST_BYTES and any(user in stretch for user in node.users) for node in stretch):
+        yield stretch
 
 
 def _batch(node: fx.Node) -> int:

@@ -468,11 +468,11 @@ def is_view(node: fx.Node) -> bool:
     return bool(node.target._schema.returns) and next(_shares_storage_with(node), None) is not None
 
 
-def storage_roots(node: fx.Node) -> set[fx.Node]:
-    """The nodes whose storage `node` may share and which share no other's, through views and in-place ops."""
+def storage_roots(*nodes: fx.Node) -> set[fx.Node]:
+    """The nodes whose storage any of `nodes` may share and which share no other's, through views and in-place ops."""
     seen: set[fx.Node] = set()
     roots: set[fx.Node] = set()
-    stack = [node]
+    stack = list(nodes)
     while stack:
         current = stack.pop()
         if current in seen:
@@ -491,10 +491,10 @@ def copy_is_needless(node: fx.Node, copied: fx.Node) -> bool:
     either = {node, *storage_roots(copied)}
     later = node.next
     while later.op != "output":
-        if any(not either.isdisjoint(storage_roots(arg)) for arg in written_args(later)):
+        if not either.isdisjoint(storage_roots(*written_args(later))):
             return False
         later = later.next
-    return all(node not in storage_roots(arg) for arg in later.all_input_nodes)
+    return node not in storage_roots(*later.all_input_nodes)
 
 
 def overwritten(graph: fx.Graph) -> set[fx.Node]:
@@ -526,9 +526,7 @@ class Evaluator:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._written = {
-            root for node in gm.graph.nodes for arg in written_args(node) for root in storage_roots(arg)
-        }
+        self._written = storage_roots(*(arg for node in gm.graph.nodes for arg in written_args(node)))
         self._constant: dict[fx.Node, bool] = {}
         self._values: dict[fx.Node, Any] = {}
 

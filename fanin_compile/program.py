@@ -74,7 +74,11 @@ class Program:
         Raises:
             ValueError: another number of inputs or sizes than it was made for. What the operators raise.
         """
-        check_counts(self, len(inputs), len(sizes))
+        given = len(inputs), len(sizes)
+        if given != (self.inputs, self.sizes):
+            raise ValueError(
+                f"a program is given {given[0]} tensors and {given[1]} sizes, expected {self.inputs} and {self.sizes}"
+            )
         registers: dict[int, Tensor] = dict(enumerate(inputs))
 
         def value(argument: Argument) -> Any:
@@ -88,18 +92,10 @@ class Program:
             op = operator_named(step.op)
             arguments = zip(op._schema.arguments, step.arguments, strict=True)
             named = {a.name: value(v) for a, v in arguments if a.kwarg_only}
-            given = op(*map(value, step.arguments[: len(step.arguments) - len(named)]), **named)
-            results = given if isinstance(given, list | tuple) else [given]
+            found = op(*map(value, step.arguments[: len(step.arguments) - len(named)]), **named)
+            results = found if isinstance(found, list | tuple) else [found]
             registers.update((r, t) for r, t in zip(step.results, results, strict=False) if r is not None)
         return [registers[index] for index in self.outputs]
-
-
-def check_counts(program: Program, inputs: int, sizes: int) -> None:
-    """ValueError unless a program is given what it wants."""
-    if (inputs, sizes) != (program.inputs, program.sizes):
-        raise ValueError(
-            f"a program is given {inputs} tensors and {sizes} sizes, expected {program.inputs} and {program.sizes}"
-        )
 
 
 def representable(value: object) -> bool:

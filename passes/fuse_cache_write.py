@@ -63,15 +63,14 @@ def _refusal(node: fx.Node, keys: fx.Node, values: fx.Node) -> str:
     if bound[0]["index"] is not bound[1]["index"] or position is None or position.ndim != 1:
         return "keys and values are written at positions of their own"
     caches = [storage_roots(b["self"]) for b in bound]
-    given = {root for b in bound for name in ("index", "source") for root in storage_roots(b[name])}
+    given = storage_roots(*(b[name] for b in bound for name in ("index", "source")))
     if not caches[0].isdisjoint(caches[1]) or not given.isdisjoint(caches[0] | caches[1]):
         return "what is written shares memory with it"
     first = min(keys, values)
     between = first.next
     while between is not node:
         if between not in (keys, values):
-            read = {root for arg in between.all_input_nodes for root in storage_roots(arg)}
-            wrote = {root for arg in written_args(between) for root in storage_roots(arg)}
+            read, wrote = storage_roots(*between.all_input_nodes), storage_roots(*written_args(between))
             if not read.isdisjoint(caches[0] | caches[1]) or not wrote.isdisjoint(given):
                 return "others read it, or write to what is written, before it is attended to"
         between = between.next

@@ -91,14 +91,14 @@ class _Run:
         torch takes writing operators for functions of what they were given: another name would keep the old rows.
         """
         caches = dict.fromkeys((*self.written, *written))
+        if not caches:
+            return True
         if any(cache in self.inside for cache in caches):
             return False
-        roots = [storage_roots(cache) for cache in caches]
-        together = set[fx.Node]().union(*roots)
+        together = storage_roots(*caches)
         others = (arg for arg in (*self.given, *given) if arg not in caches)
-        return sum(map(len, roots)) == len(together) and all(
-            storage_roots(arg).isdisjoint(together) for arg in others
-        )
+        apart = sum(len(storage_roots(cache)) for cache in caches) == len(together)
+        return apart and together.isdisjoint(storage_roots(*others))
 
     def lets_pass(self, node: fx.Node) -> bool:
         """Whether `node` may as well come before the run."""
@@ -106,14 +106,12 @@ class _Run:
             return True
         if node.op == "output" or any(arg in self.inside for arg in node.all_input_nodes):
             return False
-        writes = [root for arg in written_args(node) for root in storage_roots(arg)]
+        writes = storage_roots(*written_args(node))
         if any(root.op in ("placeholder", "get_attr") for root in writes):
             return False  # which may have other names
-        reads = (root for arg in node.all_input_nodes for root in storage_roots(arg))
-        mine = {root for arg in self.given for root in storage_roots(arg)}
-        return mine.isdisjoint(writes) and not (
-            self.written and any(root.op == "placeholder" for root in reads)
-        )
+        if self.written and any(root.op == "placeholder" for root in storage_roots(*node.all_input_nodes)):
+            return False
+        return storage_roots(*self.given).isdisjoint(writes)
 
     def computes(self, node: fx.Node) -> bool:
         """Whether `node` is a result of an operator, and no view."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tests.compile_support import randn, sparse_linear
+from tests.compile_support import assert_equals_model, randn, sparse_linear
 
 HEADS, SIZE = 4, 8
 WIDTH = HEADS * SIZE
@@ -36,3 +37,14 @@ def step_inputs(*, length: int, queries: int = 1, key_heads: int = HEADS) -> tup
     """x, and keys and values of a cache of this length."""
     shape = (2, key_heads, length, SIZE)
     return randn(2, queries, 24), randn(*shape, seed=1), randn(*shape, seed=2)
+
+
+def assert_writes_like(f: Callable[..., Any], model: nn.Module, *given: Tensor) -> None:
+    """f(*given) is what the model computes in fp64, and leaves in the given tensors what the model would."""
+    expected = [t.clone() for t in given]
+    with torch.no_grad():
+        y = f(*given)
+        assert_equals_model(y, model, *(t.clone() for t in expected))
+        model(*expected)
+    for ours, theirs in zip(given, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

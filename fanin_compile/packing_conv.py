@@ -20,6 +20,7 @@ BLOCK_ROWS = (
 )
 _VECTOR = 32  # bytes; a chunk is x of one tile in slightly more than L1: longer runs are worth some misses
 _CHUNK_BYTES = 36 << 10
+_STRIDED_BYTES = 52 << 10  # of strided layers, which read more of x for a product: their runs would be too short
 _NARROW_BYTES = 24 << 10  # where runs go side by side
 _WIDE, _NARROW = 14, 3  # vectors of a tile
 _SHORT_ROW = 12  # non-zeros of a row, on average, below which runs side by side do not pay
@@ -68,7 +69,10 @@ def pack_conv(
         floats, most = (_NARROW, _NARROW_BYTES) if together > 1 else (_WIDE, _CHUNK_BYTES)
         chunk = most // (floats * _VECTOR)
     else:
-        chunk = _CHUNK_BYTES // (_VECTOR * _footprint(shape[2:], stride, padding, dilation))
+        # vectors of 64 bytes read twice as much of a chunk: for them a longer run is no longer worth the misses
+        longer = max(stride) > 1 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+        most = _STRIDED_BYTES if longer else _CHUNK_BYTES
+        chunk = most // (_VECTOR * _footprint(shape[2:], stride, padding, dilation))
     channels = max(shape[1] * groups, 1)
     chunk = max(1, min(chunk, channels, MAX_CODE // code_step(taps, together) - 1))
     chunk = math.ceil(channels / math.ceil(channels / chunk))  # as even as can be

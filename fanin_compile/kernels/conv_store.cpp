@@ -129,45 +129,51 @@ void blocks(const Op& op, const Tile& tile, const Places& places, const Output<X
   }
 }
 
-// kLanes rows of kPiece lanes are transposed into kPiece vectors of channels.
+// kLanes rows of kPiece lanes are transposed into kPiece vectors of channels: pixels one vector of them after the other, as all
+// channels of a pixel stand together, and pixels a power of two apart would meet in a few sets of L1.
 template <Act A, class X>
 void channels_last(const Op& op, const Tile& tile, const Places& places, const Output<X>& to, const float* sums,
                    int64_t first, int64_t last) {
-  constexpr int64_t kAhead = 4 * kLanes;        // pixels lie far apart, too: their lines are requested some rows early
+  constexpr int64_t kElements = 64 / sizeof(X);
   const int64_t vectors = tile.parts * tile.vectors, stride = vectors * kLanes;
   const int32_t* channels = op.weight->rows();
-  const auto prefetch = [&](int64_t r) {
-    for (int64_t t = 0; t < vectors; ++t)
-      for (int64_t lane = 0; lane < kLanes; ++lane) to.prefetch(std::max<int64_t>(places.at[t][lane], 0) + channels[r]);
-  };
-  for (int64_t r = first; r < std::min(first + kAhead, last); r += kLanes) prefetch(r);
-  for (int64_t r = first; r < last; r += kLanes, sums += kLanes * stride) {
-    const int64_t rows = std::min<int64_t>(kLanes, last - r);
-    const int32_t* channel = channels + r;
-    if (r + kAhead < last) prefetch(r + kAhead);
-    vf bias{};
-    for (int64_t i = 0; i < rows; ++i) bias[i] = bias_at(op, channel[i]);
-    const auto block = [&](int64_t t, int64_t lane, auto row, auto&& put_one) __attribute__((always_inline)) {
-      vf v[kPiece];                                           // piece b of v[j]: lanes of row b * kPiece + j
-      for (int j = 0; j < kPiece; ++j)
-        v[j] = gather_pieces<kLanes>(0, [&](int b) { return load_raw<vp>(sums + row(b * kPiece + j) * stride + t * kLanes + lane); });
-      transpose_pieces(v);
-      for (int j = 0; j < kPiece; ++j)
-        if (const int64_t at = places.at[t][lane + j]; at >= 0) put_one(at, v[j] + bias);
-    };
-    const bool whole = rows == kLanes && channel[kLanes - 1] - channel[0] == kLanes - 1;
-    for (int64_t t = 0; t < vectors; ++t)
-      for (int64_t lane = 0; lane < kLanes; lane += kPiece) {
-        if (whole) {
-          block(t, lane, [](int64_t i) { return i; }, [&](int64_t at, vf v) __attribute__((always_inline)) {
-            put<A>(to.y + at + channel[0], to.of(at + channel[0]), v);
-          });
-        } else {
-          block(t, lane, [&](int64_t i) { return std::min(i, rows - 1); }, [&](int64_t at, vf v) __attribute__((always_inline)) {
-            for (int64_t c = 0; c < rows; ++c) put_some<A>(to.y + at + channel[c], to.of(at + channel[c]), splat(v[c]), 1);
-          });
-        }
+  std::vector<float> biases(last - first);
+  for (int64_t r = first; r < last; ++r) biases[r - first] = bias_at(op, channels[r]);
+  for (int64_t t = 0; t < vectors; ++t) {
+    const int64_t *at = places.at[t], *next = places.at[std::min(t + 1, vectors - 1)];
+    int64_t requested = -1;
+    for (int64_t r = first; r < last; r += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, last - r);
+      const int32_t* channel = channels + r;
+      if (channel[0] / kElements != requested) {              // lines of the next pixels
+        requested = channel[0] / kElements;
+        for (int lane = 0; lane < kLanes; ++lane) to.prefetch(std::max<int64_t>(next[lane], 0) + channel[0]);
       }
+      vf bias{};
+      for (int64_t i = 0; i < rows; ++i) bias[i] = biases[r - first + i];
+      const float* from = sums + (r - first) * stride + t * kLanes;
+      const auto block = [&](int64_t lane, auto row, auto&& put_one) __attribute__((always_inline)) {
+        vf v[kPiece];                                         // piece b of v[j]: lanes of row b * kPiece + j
+#pragma GCC unroll 4
+        for (int j = 0; j < kPiece; ++j)
+          v[j] = gather_pieces<kLanes>(0, [&](int b) __attribute__((always_inline)) { return load_raw<vp>(from + row(b * kPiece + j) * stride + lane); });
+        transpose_pieces(v);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPiece; ++j)
+          if (at[lane + j] >= 0) put_one(at[lane + j], v[j] + bias);
+      };
+      if (rows == kLanes && channel[kLanes - 1] - channel[0] == kLanes - 1) {
+        for (int64_t lane = 0; lane < kLanes; lane += kPiece)
+          block(lane, [](int64_t i) { return i; }, [&](int64_t pixel, vf v) __attribute__((always_inline)) {
+            put<A>(to.y + pixel + channel[0], to.of(pixel + channel[0]), v);
+          });
+      } else {
+        for (int64_t lane = 0; lane < kLanes; lane += kPiece)
+          block(lane, [&](int64_t i) { return std::min(i, rows - 1); }, [&](int64_t pixel, vf v) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < rows; ++c) put_some<A>(to.y + pixel + channel[c], to.of(pixel + channel[c]), splat(v[c]), 1);
+          });
+      }
+    }
   }
 }
 

@@ -114,7 +114,25 @@ void weave_planar(const Op& op, int64_t image, const Weave& weave, const Needed&
   }
 }
 
-// x[pixel][channel]: a vector's lanes are gathered kPiece channels at a time, which the transposes tell apart.
+// One column of channels_last x: kPiece channels at a time, which the transposes tell apart.
+template <class X>
+FANIN_INLINE void weave_column(const X* const (&from)[kLanes], int64_t channels, int64_t step, float* out) {
+  int64_t c = 0;
+  for (; c + kPiece <= channels; c += kPiece) {
+    vf v[kPiece];                                             // piece b of v[j]: channels c.. of lane b * kPiece + j
+#pragma GCC unroll 4
+    for (int j = 0; j < kPiece; ++j)
+      v[j] = gather_pieces<kLanes>(0, [&](int b) __attribute__((always_inline)) { return widen<kPiece>(from[b * kPiece + j] + c); });
+    transpose_pieces(v);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPiece; ++j, out += step) store_raw(out, v[j]);
+  }
+  for (; c < channels; ++c, out += step)
+    for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] = widen1(from[lane] + c);
+}
+
+constexpr int64_t kAtOnce = 256;                 // channels: half a line is written of each, whose other half comes a phase later
+
 template <class X>
 void weave_channels_last(const Op& op, int64_t image, const Needed& rows, const int32_t* inside, float* planes) {
   const Shape& s = op.geometry->shape;
@@ -123,28 +141,23 @@ void weave_channels_last(const Op& op, int64_t image, const Needed& rows, const 
   const X* x = static_cast<const X*>(op.x) + image * size;
   float* zeros = planes + channels * l.channel;
   std::fill_n(zeros, channels, 0.0f);
-  for (const Weave::Row* needed : rows)
+  int64_t begin[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) begin[lane] = image_of(l, lane) * size;
+  for (int64_t first = 0; first < channels; first += kAtOnce) for (const Weave::Row* row : rows) {
+    int64_t at[kLanes];                                       // of the row's first column
+    for (int64_t lane = 0; lane < kLanes; ++lane) at[lane] = begin[lane] + (row->at[lane] - begin[lane]) * channels + first;
+    const int32_t *to = l.column_out.data() + row->kind * l.columns, *keep = inside + row->kind * l.columns * kLanes;
     for (int64_t q = 0; q < l.columns; ++q) {
-      const Weave::Row& row = *needed;
-      const int64_t column = row.kind * l.columns + q;
-      if (l.column_out[column] < 0) continue;
-      const X* lanes[kLanes];
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t begin = image_of(l, lane) * size, pixel = row.at[lane] - begin + q;
-        lanes[lane] = inside[column * kLanes + lane] != 0 ? x + begin + pixel * channels : reinterpret_cast<const X*>(zeros);
+      if (to[q] < 0) continue;
+      const X* from[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const X* pixel = x + at[lane] + q * channels;
+        from[lane] = keep[q * kLanes + lane] != 0 ? pixel : reinterpret_cast<const X*>(zeros);
       }
-      float* out = planes + row.out + l.column_out[column];
-      int64_t c = 0;
-      for (; c + kPiece <= channels; c += kPiece) {
-        vf v[kPiece];                                         // piece b of v[j]: channels c.. of lane b * kPiece + j
-        for (int j = 0; j < kPiece; ++j)
-          v[j] = gather_pieces<kLanes>(0, [&](int b) { return widen<kPiece>(lanes[b * kPiece + j] + c); });
-        transpose_pieces(v);
-        for (int j = 0; j < kPiece; ++j) store_raw(out + (c + j) * l.channel, v[j]);
-      }
-      for (; c < channels; ++c)
-        for (int64_t lane = 0; lane < kLanes; ++lane) out[c * l.channel + lane] = widen1(lanes[lane] + c);
+      weave_column(from, std::min(channels - first, kAtOnce), l.channel, planes + first * l.channel + row->out + to[q]);
     }
+  }
 }
 
 // Tables for a group of which the last images are missing: their lanes are zeros, read from where the first one is.

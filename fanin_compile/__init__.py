@@ -17,8 +17,9 @@ from fanin_compile.errors import (
     OptionError,
     RewriteError,
 )
+from fanin_compile.explain import explain
 from fanin_compile.freshness import refresh
-from fanin_compile.report import LayerReport, Report, explain
+from fanin_compile.report import LayerReport, Report
 from fanin_compile.train import SRigL
 
 __version__ = "0.1.0"

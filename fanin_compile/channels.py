@@ -18,7 +18,9 @@ from torch import Tensor, fx
 
 from fanin_compile.attention import ATTENTION, PRODUCTS, averaged, sums_to_one
 from fanin_compile.axes import Spread, together
-from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, overwritten, tensor_meta
+from fanin_compile.effects import overwritten
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import CONDENSED, CONVOLUTIONS, bind_arguments, tensor_meta
 from fanin_compile.moves import AVG_POOLS, CATS, DROPOUTS, PADS, is_move, moved
 from fanin_compile.pointwise import BINARY, POINTWISE
 

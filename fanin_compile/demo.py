@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fanin_compile.condense import condense
+from fanin_compile.explain import explain
 from fanin_compile.kernels import build
-from fanin_compile.report import Report, explain
+from fanin_compile.report import Report
 from fanin_compile.timing import interleaved, threads
 from fanin_compile.train import SRigL
 from fanin_compile.train.data import Dataset, digits

@@ -19,10 +19,10 @@ from torch.export import Dim
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fanin_compile.graph import Context, Gate, PipelineResult, run_pipeline
 from fanin_compile.mask import MaskedWeight, masked_weights
 from fanin_compile.masking import imposed
 from fanin_compile.passes import PIPELINE
+from fanin_compile.pipeline import Context, Gate, PipelineResult, run_pipeline
 
 # graph_module.meta keys, for reports
 RESULT = "fanin_result"  # the PipelineResult

@@ -26,7 +26,8 @@ from fanin_compile.attention import (
 )
 from fanin_compile.axes import Spread, together
 from fanin_compile.channels import channel_dim, constants, foldable, per_neuron
-from fanin_compile.graph import CONDENSED, CONVOLUTIONS, Evaluator, bind_arguments, tensor_meta
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import CONDENSED, CONVOLUTIONS, bind_arguments, tensor_meta
 from fanin_compile.moves import CATS, PERMUTES, PIECES, cut_of, is_move, moved, permuted
 from fanin_compile.neurons import Balance, Labels, LayerLabels, Reads
 from fanin_compile.pointwise import BINARY, POINTWISE

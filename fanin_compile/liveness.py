@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from fanin_compile.axes import Spread
-from fanin_compile.graph import CONDENSED, Evaluator
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import CONDENSED
 from fanin_compile.labels import label_neurons
 from fanin_compile.neurons import Balance, Labels
 

@@ -1,12 +1,12 @@
 """The graph passes, one a file, and the order in which they run.
 
 A pass is `run(gm, ctx) -> PassResult`: it edits the GraphModule it is given without changing what that computes,
-reports what it did and why it left the rest, and knows no other pass. See fanin_compile.graph for what they share.
+reports what it did and why it left the rest, and knows no other pass. See fanin_compile.pipeline for what they may
+know, and fanin_compile.graph, effects and evaluator for what they share.
 """
 
 from __future__ import annotations
 
-from fanin_compile.graph import Pass
 from fanin_compile.passes.compute_active import compute_active
 from fanin_compile.passes.condense_conv import condense_conv
 from fanin_compile.passes.condense_linear import condense_linear
@@ -25,6 +25,7 @@ from fanin_compile.passes.join_operators import join_operators
 from fanin_compile.passes.lower_cache_attention import lower_cache_attention
 from fanin_compile.passes.lower_depthwise import lower_depthwise
 from fanin_compile.passes.lower_max_pool import lower_max_pool
+from fanin_compile.passes.lower_skinny_linear import lower_skinny_linear
 from fanin_compile.passes.recognise_activations import recognise_activations
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
 from fanin_compile.passes.reuse_residuals import reuse_residuals
@@ -32,6 +33,7 @@ from fanin_compile.passes.spell_out_glu import spell_out_glu
 from fanin_compile.passes.split_batch import split_batch
 from fanin_compile.passes.unflatten_linears import unflatten_linears
 from fanin_compile.passes.write_as_linears import write_as_linears
+from fanin_compile.pipeline import Pass
 
 PIPELINE: tuple[Pass, ...] = (
     write_as_linears,  # first: the next finds layers in the forms of linears and convolutions
@@ -56,6 +58,7 @@ PIPELINE: tuple[Pass, ...] = (
     fuse_norm,  # after chains, whose first layer then takes the norm
     hold_vectors,  # after all that reads vectors as the model's own
     compute_active,  # of layers left dense, which those before it should see as one operator with all its outputs
+    lower_skinny_linear,  # after all that asks for linears by torch's name
     split_batch,  # it repeats operators, which those before it should see as one
     reuse_residuals,  # last: passes before it may take a node's value for what it was when it was computed
 )

@@ -22,14 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.graph import (
     CONDENSED,
     CONVOLUTIONS,
     LAYER,
     REFUSAL,
-    Context,
-    Evaluator,
-    PassResult,
     add_constant,
     after_inputs,
     bind_arguments,
@@ -39,6 +37,7 @@ from fanin_compile.graph import (
     tensor_meta,
     use_layer_weight,
 )
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten

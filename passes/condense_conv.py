@@ -25,8 +25,6 @@ from fanin_compile.graph import (
     LAYER,
     REFUSAL,
     ConstantNodes,
-    Context,
-    PassResult,
     bind_arguments,
     kernel_refuses,
     renew_value,
@@ -35,6 +33,7 @@ from fanin_compile.graph import (
 )
 from fanin_compile.packed_conv import MAX_TAPS
 from fanin_compile.packing_conv import pack_conv
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.planar import channels_last_instead
 from fanin_compile.records import Rewrite, Skip
 

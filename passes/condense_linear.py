@@ -15,12 +15,11 @@ from fanin_compile.graph import (
     LAYER,
     REFUSAL,
     ConstantNodes,
-    Context,
-    PassResult,
     bind_arguments,
     kernel_refuses,
     replace_node,
 )
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fanin_compile.graph import Context, PassResult, copy_is_needless, tensor_meta
+from fanin_compile.effects import copy_is_needless
+from fanin_compile.graph import tensor_meta
 from fanin_compile.moves import laid_out_alike, pads_nothing
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.pointwise import returns_its_input
 
 aten = torch.ops.aten

@@ -23,13 +23,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.graph import (
     CONDENSED,
     CONVOLUTIONS,
     LAYER,
-    Context,
-    Evaluator,
-    PassResult,
     add_constant,
     after_inputs,
     bind_arguments,
@@ -39,6 +37,7 @@ from fanin_compile.graph import (
     tensor_meta,
 )
 from fanin_compile.moves import PERMUTES, VIEWS
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Layer, Rewrite, Skip
 
 aten = torch.ops.aten
@@ -232,7 +231,9 @@ def _hidden(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip
             value = evaluate(weight) if _rank(weight) == 2 else None
             if value is not None and not bool((value != 0).all()):
                 values = {"op": node.target, "opened by": "torch.backends.mha.set_fastpath_enabled(False)"}
-                yield Skip(constant_name(weight, ctx) or weight.name, "hidden in a fused operator", values)
+                yield Skip(
+                    constant_name(weight, ctx.names) or weight.name, "hidden in a fused operator", values
+                )
 
 
 def _transposed(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[Skip]:
@@ -245,7 +246,7 @@ def _transposed(graph: fx.Graph, evaluate: Evaluator, ctx: Context) -> Iterator[
         if value is not None and not bool((value != 0).all()):
             values = {"op": node.target, "shape": "x".join(map(str, value.shape))}
             yield Skip(
-                constant_name(weight, ctx) or weight.name, "transposed convolutions stay dense", values
+                constant_name(weight, ctx.names) or weight.name, "transposed convolutions stay dense", values
             )
 
 
@@ -267,5 +268,5 @@ def _layer(name: str, site: _Site, weight: CondensedWeight, out: Tensor, *, coun
 
 
 def _name(site: _Site, ctx: Context) -> str:
-    name = constant_name(site.weight, ctx)
+    name = constant_name(site.weight, ctx.names)
     return site.node.name if name is None else name

@@ -13,19 +13,18 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.graph import (
     CONDENSED,
     CONVOLUTIONS,
     LAYER,
     NAME,
-    Context,
-    Evaluator,
-    PassResult,
     add_constant,
     bind_arguments,
     set_layer_weight,
     tensor_meta,
 )
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten

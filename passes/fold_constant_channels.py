@@ -15,17 +15,10 @@ from torch import fx
 from fanin_compile.axes import Spread
 from fanin_compile.channels import channel_dim, constant_elements, foldable, per_neuron, with_constants
 from fanin_compile.condensed import CondensedWeight
-from fanin_compile.graph import (
-    CONDENSED,
-    LAYER,
-    Context,
-    Evaluator,
-    PassResult,
-    bind_arguments,
-    overwritten,
-    set_layer_weight,
-    use_layer_weight,
-)
+from fanin_compile.effects import overwritten
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import CONDENSED, LAYER, bind_arguments, set_layer_weight, use_layer_weight
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten

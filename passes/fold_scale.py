@@ -17,18 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from fanin_compile.channels import channel_dim
-from fanin_compile.graph import (
-    CONDENSED,
-    LAYER,
-    Context,
-    Evaluator,
-    PassResult,
-    bind_arguments,
-    same_shape,
-    set_layer_weight,
-    tensor_meta,
-)
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import CONDENSED, LAYER, bind_arguments, same_shape, set_layer_weight, tensor_meta
 from fanin_compile.moves import PERMUTES, VIEWS, permuted
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten

@@ -23,15 +23,9 @@ from torch import Tensor, fx
 
 from fanin_compile import ops_attention  # noqa: F401  (it defines the operators named below)
 from fanin_compile.attention import ATTENTION, MOST_QUERIES, laid_out, repeats, same_shape, unknown_to_kernels
-from fanin_compile.graph import (
-    Context,
-    PassResult,
-    bind_arguments,
-    has_condensed,
-    replace_node,
-    tensor_meta,
-    writes_between,
-)
+from fanin_compile.effects import writes_between
+from fanin_compile.graph import bind_arguments, has_condensed, replace_node, tensor_meta
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten

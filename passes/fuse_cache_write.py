@@ -16,15 +16,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fanin_compile.graph import (
-    Context,
-    PassResult,
-    bind_arguments,
-    replace_node,
-    storage_roots,
-    tensor_meta,
-    written_args,
-)
+from fanin_compile.effects import storage_roots, written_args
+from fanin_compile.graph import bind_arguments, replace_node, tensor_meta
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 _WRITE = torch.ops.aten.index_copy_.default

@@ -26,11 +26,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fanin_compile import ops_chain  # noqa: F401  (it defines the operator called below)
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.effects import writes
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.graph import (
     CONDENSED,
-    Context,
-    Evaluator,
-    PassResult,
     add_constant,
     after_inputs,
     bind_arguments,
@@ -39,9 +38,9 @@ from fanin_compile.graph import (
     replace_node,
     size_hint,
     tensor_meta,
-    writes,
 )
 from fanin_compile.packed import Packed, unpack
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.pointwise import CASTS, POINTWISE, activation_name, keeps_values
 from fanin_compile.records import Rewrite, Skip
 
@@ -75,7 +74,7 @@ def fuse_chain(gm: fx.GraphModule, ctx: Context) -> PassResult:
     skipped: list[Skip] = []
     evaluate = Evaluator(gm)
     for second in list(gm.graph.find_nodes(op="call_function", target=LINEAR)):
-        trail, name = _follow(second), layer_label(second, ctx)
+        trail, name = _follow(second), layer_label(second, ctx.names)
         if trail.origin.target is LINEAR:
             firsts = [trail.origin]
             refusal = _refuses(trail, [trail], second)
@@ -95,9 +94,9 @@ def fuse_chain(gm: fx.GraphModule, ctx: Context) -> PassResult:
         else:
             continue
         if refusal:
-            skipped.append(Skip(name, f"not chained onto {layer_label(firsts[0], ctx)}: {refusal}"))
+            skipped.append(Skip(name, f"not chained onto {layer_label(firsts[0], ctx.names)}: {refusal}"))
             continue
-        names = [layer_label(f, ctx) for f in firsts]
+        names = [layer_label(f, ctx.names) for f in firsts]
         stored, how = _fuse(gm, firsts, second, trail, activation, evaluate, ctx)
         if how:
             rewritten.append(Rewrite(names[0], "tuned", detail=f"with {names[1]}: {how}"))

@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from fanin_compile.effects import writes_between
 from fanin_compile.graph import (
     LAYER,
     NAME,
     PLANAR,
-    Context,
-    PassResult,
     bind_arguments,
     renew_value,
     replace_node,
     same_shape,
     tensor_meta,
-    writes_between,
 )
 from fanin_compile.moves import PERMUTES, laid_out_alike, permuted
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite
 

@@ -18,19 +18,18 @@ import torch
 from torch import Tensor, fx
 
 from fanin_compile import ops_chain  # noqa: F401  (it defines an operator named below)
+from fanin_compile.effects import writes_between
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.graph import (
     KERNEL_DTYPES,
-    Context,
-    Evaluator,
-    PassResult,
     add_constant,
     after_inputs,
     bind_arguments,
     layer_label,
     tensor_meta,
-    writes_between,
 )
 from fanin_compile.norm import pack_norm
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
@@ -64,7 +63,7 @@ def fuse_norm(gm: fx.GraphModule, ctx: Context) -> PassResult:
         norm = _find(node) if layers else None
         if norm is None:
             continue
-        names = [layer_label(layer, ctx) for layer in layers]
+        names = [layer_label(layer, ctx.names) for layer in layers]
         if refusal := _refuses(norm, layers, evaluate):
             skipped += [Skip(name, f"norm of its input not fused: {refusal}") for name in names]
             continue

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from fanin_compile.graph import Context, Evaluator, PassResult, add_constant, has_condensed, tensor_meta
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import add_constant, has_condensed, tensor_meta
+from fanin_compile.pipeline import Context, PassResult
 
 MOST_ELEMENTS = 1 << 16
 

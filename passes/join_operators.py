@@ -20,27 +20,18 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from fanin_compile.graph import (
-    Context,
-    PassResult,
-    bind_arguments,
-    is_view,
-    renew_value,
-    same_shape,
-    storage_roots,
-    tensor_meta,
-    writes,
-    written_args,
-)
+from fanin_compile.effects import is_view, storage_roots, writes, written_args
+from fanin_compile.graph import bind_arguments, renew_value, same_shape, tensor_meta
 from fanin_compile.moves import VIEWS
 from fanin_compile.ops_program import MOST_OUTPUTS, program_op
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.program import Argument, Instruction, Program, Register, Size, name_of, representable
 
 fanin, aten = torch.ops.fanin, torch.ops.aten
 LEAST = 3  # operators of ours in a run: joined ones take some 5 us to begin, each takes 2 to 4 us less
 OURS = (
     *(fanin.gather_matmul.default, fanin.gather_matmul_chain.default, fanin.gather_conv.default),
-    *(fanin.depthwise_conv.default, fanin.max_pool.default),
+    *(fanin.depthwise_conv.default, fanin.max_pool.default, fanin.skinny_linear.default),
     *(fanin.attend_cache.default, fanin.attend_appended.default, fanin.append_attend.default),
 )
 _WRITE_ATTEND = fanin.write_attend.default

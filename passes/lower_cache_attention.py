@@ -28,16 +28,10 @@ from fanin_compile.attention import (
     same_shape,
     unknown_to_kernels,
 )
-from fanin_compile.graph import (
-    Context,
-    PassResult,
-    bind_arguments,
-    has_condensed,
-    replace_node,
-    tensor_meta,
-    writes_between,
-)
+from fanin_compile.effects import writes_between
+from fanin_compile.graph import bind_arguments, has_condensed, replace_node, tensor_meta
 from fanin_compile.moves import CUTS, PERMUTES, SAME, SQUEEZES, VIEWS
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten

@@ -17,18 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fanin_compile.graph import (
-    CONVOLUTIONS,
-    NAME,
-    Context,
-    PassResult,
-    bind_arguments,
-    replace_node,
-    spread,
-    tensor_meta,
-    writes_between,
-)
+from fanin_compile.effects import writes_between
+from fanin_compile.graph import CONVOLUTIONS, NAME, bind_arguments, replace_node, spread, tensor_meta
 from fanin_compile.moves import PADS
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.planar import channels_last_instead, has_planar, is_beside_planar
 from fanin_compile.records import Rewrite, Skip
 

@@ -13,18 +13,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fanin_compile.graph import (
-    Context,
-    PassResult,
-    bind_arguments,
-    is_view,
-    replace_node,
-    spread,
-    tensor_meta,
-    writes,
-    writes_between,
-)
+from fanin_compile.effects import is_view, writes, writes_between
+from fanin_compile.graph import bind_arguments, replace_node, spread, tensor_meta
 from fanin_compile.moves import MAX_POOLS, pooled_dims
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.planar import has_planar, is_beside_planar
 from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite, Skip

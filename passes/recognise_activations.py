@@ -20,7 +20,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from fanin_compile.graph import LAYER, Context, PassResult, replace_node, tensor_meta, writes_between
+from fanin_compile.effects import writes_between
+from fanin_compile.graph import LAYER, replace_node, tensor_meta
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten

@@ -23,12 +23,10 @@ from fanin_compile.attention import ATTENTION
 from fanin_compile.axes import Spread
 from fanin_compile.channels import with_constants
 from fanin_compile.condensed import CondensedWeight
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.graph import (
     CONDENSED,
     LAYER,
-    Context,
-    Evaluator,
-    PassResult,
     add_constant,
     after_inputs,
     bind_arguments,
@@ -42,6 +40,7 @@ from fanin_compile.graph import (
 from fanin_compile.labels import NORMS, PRELU
 from fanin_compile.liveness import Neurons, live_neurons
 from fanin_compile.moves import NARROW, PIECES, SLICE, SQUEEZES, VIEWS, cut_of
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.pointwise import BINARY
 from fanin_compile.records import Rewrite, Skip
 

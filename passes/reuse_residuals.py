@@ -13,16 +13,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.graph import (
-    LAYER,
-    PLANAR,
-    Context,
-    PassResult,
-    bind_arguments,
-    is_view,
-    replace_node,
-    tensor_meta,
-)
+from fanin_compile.effects import is_view
+from fanin_compile.graph import LAYER, PLANAR, bind_arguments, replace_node, tensor_meta
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite
 
 _OURS = (torch.ops.fanin.gather_matmul.default, torch.ops.fanin.gather_matmul_chain.default, *PLANAR)

@@ -13,7 +13,8 @@ import operator
 import torch
 from torch import fx
 
-from fanin_compile.graph import LAYER, Context, PassResult, bind_arguments, renew_value, replace_node
+from fanin_compile.graph import LAYER, bind_arguments, renew_value, replace_node
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten

@@ -18,18 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from fanin_compile.graph import (
-    CONVOLUTIONS,
-    LAYER,
-    PLANAR,
-    Context,
-    PassResult,
-    bind_arguments,
-    renew_value,
-    tensor_meta,
-    writes,
-)
+from fanin_compile.effects import writes
+from fanin_compile.graph import CONVOLUTIONS, LAYER, PLANAR, bind_arguments, renew_value, tensor_meta
 from fanin_compile.moves import PADS
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.planar import has_planar
 from fanin_compile.pointwise import activation_name
 from fanin_compile.records import Rewrite

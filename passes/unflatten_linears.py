@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fanin_compile.graph import LAYER, Context, PassResult, replace_node, tensor_meta, writes_between
+from fanin_compile.effects import writes_between
+from fanin_compile.graph import LAYER, replace_node, tensor_meta
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite
 
 aten = torch.ops.aten

@@ -19,16 +19,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fanin_compile.graph import (
-    Context,
-    Evaluator,
-    PassResult,
-    bind_arguments,
-    constant_name,
-    renew_value,
-    tensor_meta,
-)
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import bind_arguments, constant_name, renew_value, tensor_meta
 from fanin_compile.moves import laid_out_alike
+from fanin_compile.pipeline import Context, PassResult
 from fanin_compile.records import Rewrite, Skip
 
 aten = torch.ops.aten
@@ -61,7 +55,7 @@ def write_as_linears(gm: fx.GraphModule, ctx: Context) -> PassResult:
         if not weights or evaluate.is_constant(node) or _is_linear(node, weights[0]):
             continue  # what is of a linear's form is found as it is
         weight, what, product = weights[0], str(node.target), node
-        name = constant_name(weight, ctx) or weight.name
+        name = constant_name(weight, ctx.names) or weight.name
         alike = (
             len({m.dtype for n in (node, *node.all_input_nodes) if (m := tensor_meta(n)) is not None}) == 1
         )

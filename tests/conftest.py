@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fanin_compile import backend
+from fanin_compile import rewriting
 
 
 @pytest.fixture
 def dynamo() -> Iterator[None]:
     """Dynamo without graphs of other tests, and warnings that were given once before."""
     torch._dynamo.reset()
-    backend._warn_once.cache_clear()
+    rewriting.warn_once.cache_clear()
     yield
     torch._dynamo.reset()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fanin_compile import OptionError, RewriteError, backend
+from fanin_compile import OptionError, RewriteError, backend, rewriting
 from fanin_compile.options import Options
 from fanin_compile.passes import PIPELINE
 from tests.compile_support import MLP, STRICT, assert_equals_dense, randn, recorded
@@ -45,7 +45,7 @@ def _broken_finish(original: Any) -> Any:
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     part = str(request.param)
     if part == "pass":
-        monkeypatch.setattr(backend, "PIPELINE", (*PIPELINE[:1], _broken_pass))
+        monkeypatch.setattr(rewriting, "PIPELINE", (*PIPELINE[:1], _broken_pass))
     elif part == "inductor":
         monkeypatch.setattr(Options, "finish", _broken_finish(Options.finish))
     else:

@@ -503,6 +503,7 @@ def test_repacking_that_fails_steps_aside(monkeypatch: pytest.MonkeyPatch) -> No
             raise ValueError("injected")
 
         monkeypatch.setattr("fanin_compile.backend.rewrite", broken)
+        monkeypatch.setattr("fanin_compile.fresh_graph.rewrite", broken)
         model.a.weight.mul_(2.0)
         with pytest.warns(
             UserWarning, match="could not pack changed weights anew after ValueError: injected"
@@ -521,7 +522,7 @@ def test_repacking_that_fails_raises_if_strict(monkeypatch: pytest.MonkeyPatch) 
         def broken(*args: object) -> None:
             raise ValueError("injected")
 
-        monkeypatch.setattr("fanin_compile.backend.rewrite", broken)
+        monkeypatch.setattr("fanin_compile.fresh_graph.rewrite", broken)
         model.a.weight.mul_(2.0)
         with pytest.raises(fanin_compile.RewriteError, match="injected"):
             f(x)

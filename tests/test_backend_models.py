@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fanin_compile
-from fanin_compile.graph import PipelineResult
+from fanin_compile.pipeline import PipelineResult
 from tests.compile_support import (
     MLP,
     any_type,

@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 import fanin_compile
 from fanin_compile import MaskError, OptionError, condense
-from fanin_compile.condense import candidates
+from fanin_compile.candidates import candidates
 from fanin_compile.layers import CondensedConv, CondensedLayer, CondensedLinear
 from fanin_compile.packed import Packed, unpack
 from tests.compile_support import MLP, any_type, assert_equals_dense, fan_in_mask, randn, sparse_linear

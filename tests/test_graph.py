@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fanin_compile import RewriteError
-from fanin_compile.graph import (
-    Context,
-    Evaluator,
-    PassResult,
-    add_constant,
-    bind_arguments,
-    replace_node,
-    run_pipeline,
-    writes,
-)
+from fanin_compile.effects import writes
+from fanin_compile.evaluator import Evaluator
+from fanin_compile.graph import add_constant, bind_arguments, replace_node
 from fanin_compile.passes import PIPELINE
+from fanin_compile.pipeline import Context, PassResult, run_pipeline
 from tests.compile_support import MLP, assert_equals_dense, randn
 from tests.passes.support import calls, context, graph_of
 

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("packing_conv",),
     ("kernels.build", "kernels.__init__"),  # C++ sources -> a library
     ("ops",),  # the operators, each with its plain-torch reference
-    ("ops_chain", "ops_conv"),
+    ("ops_chain", "ops_conv", "ops_skinny"),
     ("ops_attention", "ops_depthwise", "ops_pool"),
     ("program",),  # operators in the order in which they run, as text
     ("ops_program",),  # as one operator
@@ -35,16 +35,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("layers", "options", "attributes", "freshness", "cost", "tuning"),
     ("guards",),  # what the backend asks of Dynamo
     ("graph",),  # what passes share
-    ("capture", "pointwise"),
+    ("effects", "capture", "pointwise"),
+    ("evaluator",),  # what is the same at every call
+    ("pipeline",),  # how passes run
     ("moves",),  # where operators take the elements of tensors
     ("attention", "planar"),  # the same for what attention averages; who stands beside planar images
     ("channels",),  # which are constant
     ("labels",),  # which neuron each belongs to
     ("liveness",),  # which are read
     ("passes",),  # one rewrite a file
-    ("export",),
+    ("export", "candidates", "rewriting"),
+    ("fresh_graph",),  # weights that change
     ("condense", "backend"),  # the two doors
-    ("report",),
+    ("report",),  # what became of each layer
+    ("explain",),  # of a model, by either door
     ("train",),  # learning such models: uses masks and the format alone, see TRAIN
     ("bench", "demo"),
     ("cli",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from fanin_compile.graph import Evaluator
+from fanin_compile.evaluator import Evaluator
 from fanin_compile.liveness import Neurons, live_neurons
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from tests.passes.support import calls, context, graph_of

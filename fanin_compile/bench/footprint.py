@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from fanin_compile.bench.contenders import Contender, condensed, condensed_graph, fanin, inductor
 from fanin_compile.condense import condense
+from fanin_compile.explain import explain
 from fanin_compile.ops import scratch_nbytes
-from fanin_compile.report import explain
 from fanin_compile.timing import threads
 
 # in this order: the doors of torch.compile, then ours alone

@@ -18,7 +18,7 @@ from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.bench.output import BenchResult
 from fanin_compile.bench.roofline import host
 from fanin_compile.errors import OptionError
-from fanin_compile.report import explain
+from fanin_compile.explain import explain
 
 FROZEN = "fanin max-autotune, frozen"  # layers that stay dense, as a head, are then what the best dense has
 # least ratios aimed at, at 90 % sparsity, by batch

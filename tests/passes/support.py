@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fanin_compile.export import RESULT, _drop_asserts
-from fanin_compile.graph import Context, Pass, PassResult, PipelineResult, tensor_meta
+from fanin_compile.graph import tensor_meta
 from fanin_compile.passes import PIPELINE
 from fanin_compile.passes.find_masked_layers import find_masked_layers
+from fanin_compile.pipeline import Context, Pass, PassResult, PipelineResult
 
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:

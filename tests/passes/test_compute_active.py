@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from fanin_compile import condense, cost
 from fanin_compile.export import RESULT, _drop_asserts
-from fanin_compile.graph import CONDENSED, LAYER, Gate, PassResult, PipelineResult
+from fanin_compile.graph import CONDENSED, LAYER
 from fanin_compile.passes.compute_active import compute_active
 from fanin_compile.passes.condense_conv import condense_conv
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
+from fanin_compile.pipeline import Gate, PassResult, PipelineResult
 from fanin_compile.records import Layer, Skip
 from tests.compile_support import any_type, assert_equals_dense, assert_equals_model, randn, recorded
 from tests.passes.support import calls, context, graph_of, run

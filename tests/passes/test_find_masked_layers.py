@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fanin_compile.graph import CONDENSED, LAYER, run_pipeline
+from fanin_compile.graph import CONDENSED, LAYER
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.write_as_linears import write_as_linears
+from fanin_compile.pipeline import run_pipeline
 from tests.compile_support import assert_equals_model, fan_in_mask, randn, sparse_linear, sparse_weight
 from tests.passes.support import calls, context, graph_of, run
 

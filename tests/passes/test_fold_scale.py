@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fanin_compile.graph import CONDENSED, LAYER, Context
+from fanin_compile.graph import CONDENSED, LAYER
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_scale import fold_scale
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
+from fanin_compile.pipeline import Context
 from tests.compile_support import any_type, assert_equals_model, randn, sparse_linear, sparse_weight
 from tests.passes.support import calls, context, graph_of, run
 

@@ -9,11 +9,11 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fanin_compile
-from fanin_compile.graph import PassResult
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.fuse_cache_write import fuse_cache_write
 from fanin_compile.passes.lower_cache_attention import lower_cache_attention
+from fanin_compile.pipeline import PassResult
 from tests.compile_support import any_type, compiled, no_warning_of_ours, recorded
 from tests.passes.attention_support import HEADS, Step, assert_writes_like, step_inputs
 from tests.passes.support import calls, graph_of, position, run

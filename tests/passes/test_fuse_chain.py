@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fanin_compile.graph import run_pipeline
 from fanin_compile.passes import PIPELINE
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.fuse_chain import fuse_chain
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
+from fanin_compile.pipeline import run_pipeline
 from fanin_compile.records import Skip
 from tests.compile_support import compiled, randn, recorded, sparse_linear
 from tests.helpers import assert_close_fp64

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fanin_compile import backend, capture, ops
+from fanin_compile import capture, ops, rewriting
 from fanin_compile.backend import record
-from fanin_compile.graph import storage_roots
+from fanin_compile.effects import storage_roots
 from fanin_compile.ops_program import MOST_OUTPUTS
 from fanin_compile.passes import LOWERING, PIPELINE
 from fanin_compile.passes.condense_conv import condense_conv
@@ -325,7 +325,7 @@ def _compiled_programs(monkeypatch: pytest.MonkeyPatch) -> list[list[Program]]:
         found.append(_programs(gm))
         return capture.unlift(gm)
 
-    monkeypatch.setattr(backend, "unlift", spy)
+    monkeypatch.setattr(rewriting, "unlift", spy)
     return found
 
 

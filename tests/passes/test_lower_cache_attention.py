@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 import fanin_compile
 from fanin_compile.attention import ATTENTION
-from fanin_compile.graph import PassResult
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.drop_identities import drop_identities
 from fanin_compile.passes.fuse_append_attention import fuse_append_attention
 from fanin_compile.passes.lower_cache_attention import lower_cache_attention
+from fanin_compile.pipeline import PassResult
 from tests.compile_support import (
     any_type,
     compiled,

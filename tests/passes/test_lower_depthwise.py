@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from fanin_compile.graph import PassResult
 from fanin_compile.passes.condense_conv import condense_conv
 from fanin_compile.passes.fold_batch_norm import fold_batch_norm
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
 from fanin_compile.passes.lower_depthwise import lower_depthwise
+from fanin_compile.pipeline import PassResult
 from tests.compile_support import randn
 from tests.passes.support import calls, graph_of, run
 

@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fanin_compile
-from fanin_compile.graph import PassResult
 from fanin_compile.passes.condense_conv import condense_conv
 from fanin_compile.passes.fuse_epilogue import fuse_epilogue
 from fanin_compile.passes.lower_depthwise import lower_depthwise
 from fanin_compile.passes.lower_max_pool import lower_max_pool
 from fanin_compile.passes.reuse_residuals import reuse_residuals
 from fanin_compile.passes.split_batch import split_batch
+from fanin_compile.pipeline import PassResult
 from tests.compile_support import (
     any_type,
     assert_equals_model,

@@ -15,10 +15,11 @@ from fanin_compile.bench.masking import mask_constant_fan_in
 from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.condense import condense
 from fanin_compile.export import RESULT
-from fanin_compile.graph import CONDENSED, PassResult
+from fanin_compile.graph import CONDENSED
 from fanin_compile.options import Options
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
+from fanin_compile.pipeline import PassResult
 from tests.compile_support import any_type, assert_equals_model, compiled, randn, recorded, sparse_linear
 from tests.passes.support import calls, graph_of, narrowed, run
 

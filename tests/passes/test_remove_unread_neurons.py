@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from fanin_compile.condense import condense
 from fanin_compile.export import _drop_asserts
-from fanin_compile.graph import CONDENSED, PassResult, run_pipeline
+from fanin_compile.graph import CONDENSED
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.fold_constant_channels import fold_constant_channels
 from fanin_compile.passes.remove_unread_neurons import remove_unread_neurons
+from fanin_compile.pipeline import PassResult, run_pipeline
 from tests.compile_support import (
     any_type,
     assert_equals_dense,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fanin_compile.graph import Context, PassResult, run_pipeline
 from fanin_compile.passes import PIPELINE
 from fanin_compile.passes.find_masked_layers import find_masked_layers
 from fanin_compile.passes.write_as_linears import write_as_linears
+from fanin_compile.pipeline import Context, PassResult, run_pipeline
 from tests.compile_support import assert_equals_model, randn
 from tests.helpers import assert_close_at_scale
 from tests.passes.support import calls, context, graph_of

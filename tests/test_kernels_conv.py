@@ -189,6 +189,22 @@ def test_layers_that_cross_tiles_chunks_and_blocks(
         assert torch.equal(y[-1:], convolve(x[-1:], weight, bias, g, "relu")), "nor does the batch"
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [255, 256, 259, 515])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_of_many_channels(channels: int, stride: int, dtype: torch.dtype) -> None:
+    weight = random_weight((70, channels, 3, 3), 0.03)
+    mask = weight.mask()
+    mask[5:8], mask[66:] = False, False  # rows that are stored together are no neighbours
+    weight = CondensedWeight.from_dense(weight.to_dense(), mask)
+    x = torch.randn(3, channels, 9, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    g = Geometry([stride] * 2, [1, 1], [1, 1], 1)
+    bias = torch.randn(70)
+    poison()
+    y = check(weight, x.contiguous(memory_format=torch.channels_last), g, bias=bias, activation="relu")
+    assert torch.equal(y, convolve(x, weight, bias, g, "relu")), "the memory format changes no bit"
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_ragged_rows_side_by_side(batch: int, channels_last: bool) -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from fanin_compile import backend
+from fanin_compile import rewriting
 from fanin_compile.bench.contenders import Run, fanin
 from fanin_compile.bench.layers_alone import layers_alone
 from fanin_compile.bench.masking import is_hidden
@@ -62,7 +62,7 @@ def time_removal(
     kept = tuple(run for run in PIPELINE if run not in REMOVAL)
     with threads(threads_used), torch.no_grad():
         exact = copy.deepcopy(blocks).double()([x[:1].double() for x in inputs])
-        with mock.patch.object(backend, "PIPELINE", kept):
+        with mock.patch.object(rewriting, "PIPELINE", kept):
             whole = _checked(copy.deepcopy(blocks), inputs, exact)
         narrow = _checked(blocks, inputs, exact)
         without, removed = interleaved([whole, narrow], seconds)

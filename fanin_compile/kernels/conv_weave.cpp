@@ -131,7 +131,8 @@ FANIN_INLINE void weave_column(const X* const (&from)[kLanes], int64_t channels,
     for (int64_t lane = 0; lane < kLanes; ++lane) out[lane] = widen1(from[lane] + c);
 }
 
-constexpr int64_t kAtOnce = 256;                 // channels: half a line is written of each, whose other half comes a phase later
+// Channels at a time: half a line is written of each, which is still in L1 when the next column writes the other half.
+constexpr int64_t kAtOnce = 256;
 
 template <class X>
 void weave_channels_last(const Op& op, int64_t image, const Needed& rows, const int32_t* inside, float* planes) {
@@ -143,19 +144,23 @@ void weave_channels_last(const Op& op, int64_t image, const Needed& rows, const 
   std::fill_n(zeros, channels, 0.0f);
   int64_t begin[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) begin[lane] = image_of(l, lane) * size;
-  for (int64_t first = 0; first < channels; first += kAtOnce) for (const Weave::Row* row : rows) {
-    int64_t at[kLanes];                                       // of the row's first column
-    for (int64_t lane = 0; lane < kLanes; ++lane) at[lane] = begin[lane] + (row->at[lane] - begin[lane]) * channels + first;
-    const int32_t *to = l.column_out.data() + row->kind * l.columns, *keep = inside + row->kind * l.columns * kLanes;
-    for (int64_t q = 0; q < l.columns; ++q) {
-      if (to[q] < 0) continue;
-      const X* from[kLanes];
+  for (int64_t first = 0; first < channels; first += kAtOnce) {
+    const int64_t count = std::min(channels - first, kAtOnce);
+    for (const Weave::Row* row : rows) {
+      int64_t at[kLanes];                                     // of the row's first column
+      for (int64_t lane = 0; lane < kLanes; ++lane) at[lane] = begin[lane] + (row->at[lane] - begin[lane]) * channels + first;
+      const int32_t *to = l.column_out.data() + row->kind * l.columns, *keep = inside + row->kind * l.columns * kLanes;
+      float* out = planes + first * l.channel + row->out;
+      for (int64_t q = 0; q < l.columns; ++q) {
+        if (to[q] < 0) continue;
+        const X* from[kLanes];
 #pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const X* pixel = x + at[lane] + q * channels;
-        from[lane] = keep[q * kLanes + lane] != 0 ? pixel : reinterpret_cast<const X*>(zeros);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const X* pixel = x + at[lane] + q * channels;
+          from[lane] = keep[q * kLanes + lane] != 0 ? pixel : reinterpret_cast<const X*>(zeros);
+        }
+        weave_column(from, count, l.channel, out + to[q]);
       }
-      weave_column(from, std::min(channels - first, kAtOnce), l.channel, planes + first * l.channel + row->out + to[q]);
     }
   }
 }

@@ -198,7 +198,7 @@ def test_channels_last_of_many_channels(channels: int, stride: int, dtype: torch
     mask[5:8], mask[66:] = False, False  # rows that are stored together are no neighbours
     weight = CondensedWeight.from_dense(weight.to_dense(), mask)
     x = torch.randn(3, channels, 9, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    g = Geometry([stride] * 2, [1, 1], [1, 1], 1)
+    g = Geometry((stride, stride), (1, 1), (1, 1), 1)
     bias = torch.randn(70)
     poison()
     y = check(weight, x.contiguous(memory_format=torch.channels_last), g, bias=bias, activation="relu")

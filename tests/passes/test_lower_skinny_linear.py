@@ -12,6 +12,7 @@ from fanin_compile.passes.compute_active import compute_active
 from fanin_compile.passes.condense_linear import condense_linear
 from fanin_compile.passes.lower_skinny_linear import lower_skinny_linear
 from fanin_compile.pipeline import PassResult
+from fanin_compile.records import Skip
 from tests.compile_support import (
     compiled,
     no_warning_of_ours,
@@ -100,9 +101,7 @@ def test_a_masked_layer_that_stays_dense_is_left_alone() -> None:
     model = nn.Sequential(sparse_linear(64, 64, 4), sparse_linear(64, 40, 20))
     x = randn(1, 64)
     gm = graph_of(model, x)
-    ctx = context(
-        gm, gate=lambda layer: fanin_compile.records.Skip(layer.name, "no") if layer.name == "1" else None
-    )
+    ctx = context(gm, gate=lambda layer: Skip(layer.name, "no") if layer.name == "1" else None)
     result = run(gm, condense_linear, compute_active, lower_skinny_linear, ctx=ctx, inputs=(x,))
     assert len(calls(gm, linear)) == 1
     assert result == PassResult()

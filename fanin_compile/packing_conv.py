@@ -22,7 +22,7 @@ _VECTOR = 32  # bytes; a chunk is x of one tile in slightly more than L1: longer
 _CHUNK_BYTES = 36 << 10
 _STRIDED_BYTES = (
     52 << 10
-)  # of strided layers, which read more of x for a product: their runs would be too short
+)  # of strided layers, whose runs would be too short: they read more of x for a product
 _NARROW_BYTES = 24 << 10  # where runs go side by side
 _WIDE, _NARROW = 14, 3  # vectors of a tile
 _SHORT_ROW = 12  # non-zeros of a row, on average, below which runs side by side do not pay

@@ -17,6 +17,7 @@ namespace {
 using at::Tensor;
 using fanin::OptTensor;
 using fanin::act_of;
+using fanin::as_matrix;
 using fanin::dtype_of;
 using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, std::string_view,
                          const OptTensor&, const OptTensor&);
@@ -37,12 +38,6 @@ const fanin::Structure& structure_of(const Tensor& structure, const Tensor& valu
   TORCH_CHECK_VALUE(values.dim() == 1 && values.is_contiguous() && values.numel() >= s.entries,
                     "fanin: values must be contiguous with at least ", s.entries, " elements, got ", values.sizes());
   return s;
-}
-
-// x as [batch, in] with unit column stride; a copy only where no such view exists
-Tensor as_matrix(const Tensor& x) {
-  if (x.dim() == 2 ? x.stride(1) == 1 || x.size(1) <= 1 : x.is_contiguous()) return x;
-  return x.contiguous();
 }
 
 constexpr int64_t kWorthThreads = 1 << 16;     // multiply-adds, about 5 us of work

@@ -23,9 +23,7 @@ float sum_row(const X* x, int64_t count, const F& f) {
     one[0] = widen1(x + i);
     sums[0] += f(one)[0];
   }
-  float sum = 0;
-  for (int j = 0; j < kLanes; ++j) sum += sums[j];
-  return sum;
+  return sum_of(sums);
 }
 
 }  // namespace

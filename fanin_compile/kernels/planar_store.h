@@ -46,14 +46,6 @@ FANIN_INLINE void store_some(float* p, vf v, int64_t count) {
   copy_some(p, buffer, count);
 }
 
-// The same vector, of which the compiler no longer knows where it came from.
-FANIN_INLINE vf opaque(vf v) {
-#if FANIN_VEC_BYTES >= 16 && (defined(__AVX512F__) || (defined(__AVX__) && FANIN_VEC_BYTES <= 32))
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
-
 // ---- activations -----------------------------------------------------------------------------------------------------
 
 // none, relu and relu6 clamp in registers; the other activations go over finished rows, which are in L1.

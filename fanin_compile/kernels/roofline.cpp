@@ -17,12 +17,6 @@ double ns_since(Clock::time_point start) {
   return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
 }
 
-float sum_of(vf v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-}
-
 volatile float sink;  // what is stored here cannot be optimised away
 
 // What gather kernels do at best: FMAs that load their operand, 12 vectors from each of many places in 16 KiB of x.

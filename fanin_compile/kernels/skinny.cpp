@@ -5,7 +5,7 @@
 #include <array>
 #include <utility>
 
-#include "vec.h"
+#include "planar_store.h"
 
 namespace fanin::skinny {
 namespace {
@@ -22,39 +22,6 @@ constexpr int kNeurons = R <= 2 ? 4 : R == 3 ? 3 : 2;
 template <int R>
 constexpr int64_t kAhead = kNeurons<R> == 2 ? 4 : kNeurons<R>;
 
-// In a register: the compiler would rather load it again for each product, and loads are what limits a tile.
-FANIN_INLINE vf held(vf v) {
-#if FANIN_VEC_BYTES >= 16 && (defined(__AVX512F__) || (defined(__AVX__) && FANIN_VEC_BYTES <= 32))
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
-
-// sum + a * b, rounded once where the CPU can. Left to the compiler, whether that is one instruction depends on the loop around it,
-// and so would the bits.
-FANIN_INLINE vf add_product(vf sum, vf a, vf b) {
-#if FANIN_VEC_BYTES == 64 && defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif FANIN_VEC_BYTES == 32 && defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-  return sum + a * b;
-#endif
-}
-
-// The first `count` floats, then zeros.
-FANIN_INLINE vf load_some(const float* p, int64_t count) {
-  float all[kLanes] = {};
-  __builtin_memcpy(all, p, count * sizeof(float));
-  return load_raw<vf>(all);
-}
-
-float sum_of(vf v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 // N neurons from n on, of R rows. Each sum is one chain of vectors in the order of the inputs, then its lanes: the bits depend
 // neither on R nor on N.
 template <int R, int N>
@@ -63,12 +30,12 @@ FANIN_INLINE void tile(const Op& op, const float* x, float* y, int64_t n, int64_
   vf sums[N][R] = {};
   int64_t i = 0;
   const auto step = [&](int64_t at, const auto& load) __attribute__((always_inline)) {
-    vf weights[N];
+    vf weights[N];                              // opaque: they would be loaded again for each product, and loads are what limits a tile
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) weights[j] = held(load(w + j * op.in + at));
+    for (int j = 0; j < N; ++j) weights[j] = opaque(load(w + j * op.in + at));
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const vf row = held(load(x + r * op.x_stride + at));
+      const vf row = opaque(load(x + r * op.x_stride + at));
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) sums[j][r] = add_product(sums[j][r], weights[j], row);
     }
@@ -82,7 +49,7 @@ FANIN_INLINE void tile(const Op& op, const float* x, float* y, int64_t n, int64_
   }
   for (; i + kLanes <= op.in; i += kLanes) step(i, whole);
   if (const int64_t rest = op.in - i; rest > 0)
-    step(i, [rest](const float* p) __attribute__((always_inline)) { return load_some(p, rest); });
+    step(i, [rest](const float* p) __attribute__((always_inline)) { return load_part(p, rest); });
   for (int j = 0; j < N; ++j)
     for (int r = 0; r < R; ++r) {
       const float sum = sum_of(sums[j][r]);

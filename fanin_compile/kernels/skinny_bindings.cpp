@@ -28,9 +28,10 @@ Tensor skinny_linear_cpu(const Tensor& x, const Tensor& weight, const OptTensor&
   sizes.back() = out;
   Tensor y = fanin::empty_output(sizes, at::kFloat);
   if (y.numel() == 0) return y;
-  const Tensor xc = x.contiguous();
-  const fanin::skinny::Op op{xc.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                             bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), rows, in, out, in};
+  const Tensor xm = fanin::as_matrix(x);
+  const fanin::skinny::Op op{xm.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                             bias ? bias->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), rows, in, out,
+                             xm.dim() == 2 ? xm.stride(0) : in};
   fanin::share_out(out, rows * in * out, [&](int64_t first, int64_t last) { fanin::skinny::run(op, first, last); });
   return y;
 }

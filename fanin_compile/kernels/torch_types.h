@@ -33,6 +33,12 @@ inline at::MemoryFormat format_of(const at::Tensor& x) {
   return x.is_contiguous() ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
 }
 
+// x as [batch, in] with unit column stride; a copy only where no such view exists
+inline at::Tensor as_matrix(const at::Tensor& x) {
+  if (x.dim() == 2 ? x.stride(1) == 1 || x.size(1) <= 1 : x.is_contiguous()) return x;
+  return x.contiguous();
+}
+
 inline std::optional<DType> dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::f32;

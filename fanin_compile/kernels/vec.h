@@ -282,18 +282,40 @@ FANIN_INLINE Vec<float, M> gather_pieces(int first, const Get& get) {
                                  detail::seq<M>{});
 }
 
+// The same vector, of which the compiler no longer knows where it came from.
+FANIN_INLINE vf opaque(vf v) {
+#if FANIN_VEC_BYTES >= 16 && (defined(__AVX512F__) || (defined(__AVX__) && FANIN_VEC_BYTES <= 32))
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+// sum + a * b, rounded once where the CPU can. Left to the compiler, whether that is one instruction depends on the loop around it,
+// and so do the bits.
+FANIN_INLINE vf add_product(vf sum, vf a, vf b) {
+#if FANIN_VEC_BYTES == 64 && defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif FANIN_VEC_BYTES == 32 && defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// In the order of the lanes.
+FANIN_INLINE float sum_of(vf v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
 // Four consecutive weights, each to be multiplied with a whole vector. One load and four in-register shuffles instead of
 // four broadcast loads: the load ports are what limits the kernels, the shuffle ports are idle.
 struct Weights4 {
 #if FANIN_VEC_BYTES >= 16
   vf v;
   template <class T>
-  FANIN_INLINE explicit Weights4(const T* p) : v(repeat4(p)) {
-    // keeps the compiler from turning pick() back into four loads
-#if defined(__AVX512F__) || (defined(__AVX__) && FANIN_VEC_BYTES <= 32)
-    asm("" : "+x"(v));
-#endif
-  }
+  FANIN_INLINE explicit Weights4(const T* p) : v(opaque(repeat4(p))) {}         // or pick() would be turned back into four loads
   template <int J>
   FANIN_INLINE vf pick() const { return detail::pick<J>(v, detail::seq<kLanes>{}); }
 #else

@@ -1,5 +1,5 @@
 // Runs the attention kernel, without torch, on random odd sizes, strides and masks in exactly sized heap buffers and compares
-// every output with sums in fp64, and appended and written rows to the bit. Built by test_attention_native.py at each vector width,
+// every output with sums in fp64, and appended and written rows to the bit. Built by test_native_drivers.py at each vector width,
 // under ASan and UBSan.
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // Runs the convolution kernels, without torch, on random odd geometries in exactly sized heap buffers and compares every
-// output with a double-precision sum. Built by test_conv_native.py at each vector width, under ASan and UBSan.
+// output with a double-precision sum. Built by test_native_drivers.py at each vector width, under ASan and UBSan.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -1,5 +1,5 @@
 // Runs the max pooling kernel, without torch, on random odd geometries in exactly sized heap buffers and compares every output
-// with the maximum taken one element at a time. Built by test_pool_native.py at each vector width, under ASan and UBSan.
+// with the maximum taken one element at a time. Built by test_native_drivers.py at each vector width, under ASan and UBSan.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

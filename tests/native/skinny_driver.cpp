@@ -1,5 +1,5 @@
 // Runs the dense kernel of few rows, without torch, on random odd shapes in exactly sized heap buffers and compares every output
-// with a product in double. Built by test_skinny_native.py at each vector width, under ASan and UBSan.
+// with a product in double. Built by test_native_drivers.py at each vector width, under ASan and UBSan.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

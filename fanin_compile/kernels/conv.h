@@ -17,6 +17,7 @@ struct Shape {
   int64_t in_channels, out_channels, groups;
   Dims in, kernel, stride, padding, dilation, out;
   bool shared;                  // units of an image by threads, so that they should be equal
+  int64_t bands;                // of rows of outputs, equal ones, into which an image is cut before all else: a thread's own
   bool operator==(const Shape&) const = default;
 
   int64_t group_channels() const { return in_channels / groups; }
@@ -62,7 +63,8 @@ struct Weave {
 struct Layout {
   bool pointwise;
   int64_t images;               // of a group
-  Dims blocks;                  // into which an image is cut: with images, kLanes together
+  int64_t bands;                // of spatial layers: Shape's, or 1 where threads share blocks of rows of the weight
+  Dims blocks;                  // into which a band of an image is cut: with images, kLanes together
   Dims block;                   // outputs of one block
   Dims low;                     // smallest shift of a tap
   int64_t pitch, rows;          // vectors in one row, rows in one slice
@@ -70,25 +72,26 @@ struct Layout {
   std::vector<uint32_t> taps;   // [taps] vectors from an output to the tap's input
   int64_t span;                 // largest tap
   std::vector<Tile> tiles;
-  std::vector<int64_t> unit;    // [units + 1] first tile of each unit: tiles packed together
+  std::vector<int64_t> unit;    // [units of a band + 1] first tile of each unit: tiles packed together
   int64_t unit_tiles, unit_rows;                // of the largest: tiles, and rows of all of them
   int64_t plane, channel;       // floats of one phase, and of one channel; pointwise: of one channel in one tile
-  std::vector<Weave> weaves;    // [units], spatial layers only, as all of these:
+  std::vector<Weave> weaves;    // [units()], spatial layers only, as all of these:
   int64_t columns;              // of a row that are read: whole pieces
   std::vector<int32_t> column_out;              // [kinds][columns] floats from Row::out to a column's vector, or -1
   std::vector<int32_t> column_inside;           // [kinds][columns][kLanes] all ones, or zero where a lane is padding
   int64_t chunk;                // the weight's
   int together;                 // runs of a visit: 1, or kTogether in narrow tiles
 
-  // First output of block i along dimension d: the last block overlaps the one before where they do not come out even.
-  int64_t start(const Shape& s, int d, int64_t i) const {
-    const int64_t even = i * block[d], most = s.out[d] - block[d];
-    return even < most ? even : most;
-  }
-  int64_t units() const { return static_cast<int64_t>(unit.size()) - 1; }
+  int64_t outputs(const Shape& s, int d) const { return d == 1 ? s.out[1] / bands : s.out[d]; }      // of a band
+  // First output of block i along dimension d, in its band: the last block overlaps the one before where they do not come out even.
+  int64_t start(const Shape& s, int d, int64_t i) const { return std::min(i * block[d], outputs(s, d) - block[d]); }
+  int64_t units() const { return bands * units_of_band(); }     // band by band
+  int64_t band_of(int64_t u) const { return u / units_of_band(); }
+  Range tiles_of(int64_t u) const { return {unit[u % units_of_band()], unit[u % units_of_band() + 1]}; }
   int64_t rows_in(int64_t u) const {            // of the tiles of a unit
     int64_t sum = 0;
-    for (int64_t i = unit[u]; i < unit[u + 1]; ++i) sum += tiles[i].parts;
+    const auto [first, last] = tiles_of(u);
+    for (int64_t i = first; i < last; ++i) sum += tiles[i].parts;
     return sum;
   }
   int64_t at(const Tile& t) const { return pointwise ? t.x : (t.z * rows + t.y) * pitch + t.x; }
@@ -97,6 +100,9 @@ struct Layout {
   int64_t chunk_channels() const { return chunk + (together > 1); }     // as packed
   int64_t chunks(const Shape& s) const { return (s.in_channels + chunk - 1) / chunk; }
   int64_t packed_channels(const Shape& s) const { return pointwise ? chunks(s) * chunk_channels() : s.in_channels; }
+
+ private:
+  int64_t units_of_band() const { return static_cast<int64_t>(unit.size()) - 1; }
 };
 
 inline constexpr int kMaxTile = 14;             // accumulators of a tile; with one weight and one spare they fill 16 registers

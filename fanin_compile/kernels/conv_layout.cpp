@@ -63,7 +63,7 @@ double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
 
 // Sets what follows from images and blocks.
 void place(const Shape& s, const Dims& span, Layout& l) {
-  for (int d = 0; d < 3; ++d) l.block[d] = ceil_div(s.out[d], l.blocks[d]);
+  for (int d = 0; d < 3; ++d) l.block[d] = ceil_div(l.outputs(s, d), l.blocks[d]);
   l.rows = l.block[1] + span[1];
   l.pitch = l.block[2] + span[2];
 }
@@ -100,6 +100,8 @@ void cut_units(Layout& l, int64_t across, bool shared, const F& packed) {
 }
 
 bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
+  l.bands = w.blocks > 1 ? 1 : s.bands;
+  const bool shared = s.shared && l.bands == 1;
   Dims span;
   for (int d = 0; d < 3; ++d) {
     int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
@@ -136,17 +138,17 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
     taps.push_back((shift[0] * l.rows + shift[1]) * l.pitch + shift[2]);
     l.span = std::max(l.span, taps.back());
   }
-  cut_tiles(l, s.shared && w.blocks == 1);
+  cut_tiles(l, shared && w.blocks == 1);
   const int64_t phases = static_cast<int64_t>(l.phases.size());
   const auto floats = [&](int64_t first, int64_t last) {      // whole rows of one phase
     int64_t stop = 0;
     for (int64_t i = first; i < last; ++i) stop = std::max(stop, l.stop(l.tiles[i]));
     return (ceil_div(stop + l.span, l.pitch) - l.at(l.tiles[first]) / l.pitch) * l.pitch * kLanes;
   };
-  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), s.shared, [&](int64_t tiles) {
+  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), shared, [&](int64_t tiles) {
     return floats(0, tiles) * phases * s.in_channels * int64_t{sizeof(float)};
   });
-  for (int64_t u = 0; u < l.units(); ++u) l.plane = std::max(l.plane, floats(l.unit[u], l.unit[u + 1]));
+  for (size_t u = 0; u + 1 < l.unit.size(); ++u) l.plane = std::max(l.plane, floats(l.unit[u], l.unit[u + 1]));
   // an odd number of cache lines, so that channels spread over all sets of L1
   l.channel = ceil_div(l.plane * phases, kLine) * kLine;
   if (l.channel / kLine % 2 == 0) l.channel += kLine;
@@ -158,7 +160,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
 
 void make_pointwise(const Shape& s, Layout& l) {
   const int64_t pixels = s.pixels_out();
-  l.blocks = {1, 1, 1}, l.block = s.out;
+  l.bands = 1, l.blocks = {1, 1, 1}, l.block = s.out;
   l.pitch = l.rows = 1;
   l.phases = {Dims{}}, l.taps = {0};
   l.images = pixels % kLanes == 0 || pixels >= 16 * kLanes ? 1 : std::min<int64_t>(s.images, kLanes);
@@ -177,6 +179,7 @@ Shape flatten_pointwise(const Shape& s) {
   constexpr Dims ones{1, 1, 1}, none{0, 0, 0};
   if (s.taps() != 1 || s.stride != ones || s.padding != none) return s;
   Shape flat = s;
+  flat.bands = 1;
   flat.in = flat.out = {1, 1, s.pixels_out()};
   flat.dilation = ones;
   return flat;

@@ -12,7 +12,7 @@ namespace fanin::conv {
 namespace {
 
 // The lanes of a tile in y. True if they are consecutive elements.
-bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
+bool places_of(const Op& op, int64_t image, int64_t band, const Tile& tile, Places& places) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
   const int64_t pixels = s.pixels_out(), step = op.channels_last ? s.out_channels : 1;
@@ -24,7 +24,7 @@ bool places_of(const Op& op, int64_t image, const Tile& tile, Places& places) {
       for (int64_t down = 0; down < l.blocks[1]; ++down)
         for (int64_t across = 0; across < l.blocks[2]; ++across, ++lane)
           for (int part = 0; part < tile.parts; ++part) {
-            const int64_t y = l.start(s, 1, down) + tile.y + part, x = l.start(s, 2, across) + tile.x;
+            const int64_t y = band * l.outputs(s, 1) + l.start(s, 1, down) + tile.y + part, x = l.start(s, 2, across) + tile.x;
             const int64_t pixel = (tile.z * s.out[1] + y) * s.out[2] + x, at = begin + i * s.out_channels * pixels + pixel * step;
             for (int t = 0; t < tile.vectors; ++t) places.at[part * tile.vectors + t][lane] = i < images ? at + t * step : -1;
           }
@@ -152,7 +152,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const int64_t count = l.rows_in(unit);
   Rows rows{by_block ? 0 : cut(count, part.part), by_block ? count : cut(count, part.part + 1)};
   if (first_block == last_block || rows.first == rows.last) return;
-  Range tiles{l.unit[unit], l.unit[unit + 1]};
+  Range tiles = l.tiles_of(unit);
   if (l.pointwise) {            // a tile is a row, and packed by itself
     tiles = {tiles.first + rows.first, tiles.first + rows.last};
     rows = {0, tiles.last - tiles.first};
@@ -180,7 +180,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
     const auto [from, to] = rows.of(*whole, before);
     if (from == to) continue;
     const Tile tile{whole->z, whole->y + from, whole->x, static_cast<int>(to - from), whole->vectors};
-    const bool finished = places_of(op, image, tile, places) && simple;
+    const bool finished = places_of(op, image, l.band_of(unit), tile, places) && simple;
     target.y = static_cast<float*>(op.y) + places.at[0][0];
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
     const float* x = planes + (l.pointwise ? (whole - first) * tile_step : (l.at(tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);

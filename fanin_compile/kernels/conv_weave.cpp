@@ -35,8 +35,8 @@ struct Reach {
   int64_t least, most;
 };
 
-// What rows `outputs` of the blocks read in one phase; planes begin with the first of them.
-void make_rows(const Shape& s, const Reach& reach, Range outputs, std::vector<Kind>& kinds, Layout& l, Weave& weave) {
+// What rows `outputs` of a band's blocks read in one phase; planes begin with the first of them.
+void make_rows(const Shape& s, const Reach& reach, int64_t band, Range outputs, std::vector<Kind>& kinds, Layout& l, Weave& weave) {
   const auto& phase = reach.phase;
   for (int64_t r = outputs.first + reach.least; r < outputs.last + reach.most; ++r) {
     Weave::Row row{};
@@ -46,7 +46,8 @@ void make_rows(const Shape& s, const Reach& reach, Range outputs, std::vector<Ki
     Kind kind{phase, 0};
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t z = (r / l.rows + l.low[0]) * s.stride[0] + phase[0];
-      const int64_t y = (l.start(s, 1, lane / l.blocks[2] % l.blocks[1]) + r % l.rows + l.low[1]) * s.stride[1] + phase[1];
+      const int64_t first = band * l.outputs(s, 1) + l.start(s, 1, lane / l.blocks[2] % l.blocks[1]);
+      const int64_t y = (first + r % l.rows + l.low[1]) * s.stride[1] + phase[1];
       const int64_t x = (l.low[2] + l.start(s, 2, lane % l.blocks[2])) * s.stride[2];
       if (z < 0 || z >= s.in[0] || y < 0 || y >= s.in[1]) continue;          // read from the first pixel on, and dropped
       kind.inside |= 1u << lane;
@@ -193,12 +194,13 @@ void make_weaves(const Shape& s, Layout& l) {
   }
   std::vector<Kind> kinds;
   for (int64_t unit = 0; unit < l.units(); ++unit) {
-    const int64_t first = l.at(l.tiles[l.unit[unit]]) / l.pitch;
+    const Range tiles = l.tiles_of(unit);
+    const int64_t first = l.at(l.tiles[tiles.first]) / l.pitch;
     int64_t last = first;
-    for (int64_t i = l.unit[unit]; i < l.unit[unit + 1]; ++i)
+    for (int64_t i = tiles.first; i < tiles.last; ++i)
       last = std::max(last, l.at(l.tiles[i]) / l.pitch + l.tiles[i].parts);
     Weave weave;
-    for (const Reach& r : reaches) make_rows(s, r, {first, last}, kinds, l, weave);
+    for (const Reach& r : reaches) make_rows(s, r, l.band_of(unit), {first, last}, kinds, l, weave);
     l.weaves.push_back(std::move(weave));
   }
 }

@@ -146,9 +146,9 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   const Structure& w = *op.weight;
   const Layout& l = op.geometry->layout;
   const auto cut = [&](int64_t count, int64_t at) { return count * at / part.parts; };
-  const bool by_block = w.blocks > 1;
-  const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : 1;
-  // of one block, threads share the rows of all tiles
+  const bool by_block = l.by_block(w.blocks);
+  const int64_t first_block = by_block ? cut(w.blocks, part.part) : 0, last_block = by_block ? cut(w.blocks, part.part + 1) : w.blocks;
+  // otherwise threads share the rows of all tiles
   const int64_t count = l.rows_in(unit);
   Rows rows{by_block ? 0 : cut(count, part.part), by_block ? count : cut(count, part.part + 1)};
   if (first_block == last_block || rows.first == rows.last) return;

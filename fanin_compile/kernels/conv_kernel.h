@@ -8,6 +8,7 @@
 
 #include "activation.h"
 #include "conv.h"
+#include "planar_store.h"
 #include "vec.h"
 
 namespace fanin::conv {
@@ -53,6 +54,7 @@ struct Target {
   const float *residual, *bias;
   const int32_t* live;
   int64_t pixels;
+  int64_t lanes;                // of the last vector; the others are whole
   float floor, ceiling;         // infinite, or what relu and relu6 clamp to
 };
 
@@ -146,8 +148,13 @@ FANIN_INLINE void finish(const Target& o, const S& sums, int32_t channel) {
 #pragma GCC unroll 16
   for (int t = 0; t < S::kVectors; ++t) {
     vf v = sums.v[Row * S::kVectors + t] + bias;
-    if (residual) v += load_raw<vf>(residual + t * kLanes);
-    store_raw(y + t * kLanes, clamp(v, floor, ceiling));
+    if (t + 1 == S::kVectors && o.lanes < kLanes) {
+      if (residual) v += load_part(residual + t * kLanes, o.lanes);
+      store_some(y + t * kLanes, clamp(v, floor, ceiling), o.lanes);
+    } else {
+      if (residual) v += load_raw<vf>(residual + t * kLanes);
+      store_raw(y + t * kLanes, clamp(v, floor, ceiling));
+    }
   }
 }
 

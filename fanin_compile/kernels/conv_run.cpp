@@ -11,8 +11,8 @@
 namespace fanin::conv {
 namespace {
 
-// The lanes of a tile in y. True if they are consecutive elements.
-bool places_of(const Op& op, int64_t image, int64_t band, const Tile& tile, Places& places) {
+// The lanes of a tile in y. If they are consecutive elements, the lanes of its last vector that there are, or else none.
+int64_t places_of(const Op& op, int64_t image, int64_t band, const Tile& tile, Places& places) {
   const Shape& s = op.geometry->shape;
   const Layout& l = op.geometry->layout;
   const int64_t pixels = s.pixels_out(), step = op.channels_last ? s.out_channels : 1;
@@ -28,17 +28,18 @@ bool places_of(const Op& op, int64_t image, int64_t band, const Tile& tile, Plac
             const int64_t pixel = (tile.z * s.out[1] + y) * s.out[2] + x, at = begin + i * s.out_channels * pixels + pixel * step;
             for (int t = 0; t < tile.vectors; ++t) places.at[part * tile.vectors + t][lane] = i < images ? at + t * step : -1;
           }
-    return false;
+    return 0;
   }
-  bool straight = true;
+  bool straight = step == 1 || s.out_channels == 1;
+  int64_t lanes = 0;
   int64_t i = tile.x * kLanes / pixels, pixel = tile.x * kLanes % pixels;
   for (int t = 0; t < tile.vectors; ++t)
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       places.at[t][lane] = i < images ? begin + i * s.out_channels * pixels + pixel * step : -1;
-      straight = straight && i < images && places.at[t][lane] == places.at[0][0] + t * kLanes + lane;
+      if (i < images) ++lanes, straight = straight && places.at[t][lane] == places.at[0][0] + t * kLanes + lane;
       if (++pixel == pixels) pixel = 0, ++i;
     }
-  return straight && (step == 1 || s.out_channels == 1);
+  return straight ? lanes - (tile.vectors - 1) * kLanes : 0;
 }
 
 // ---- what a stage stores, made ready -------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
     const auto [from, to] = rows.of(*whole, before);
     if (from == to) continue;
     const Tile tile{whole->z, whole->y + from, whole->x, static_cast<int>(to - from), whole->vectors};
-    const bool finished = places_of(op, image, l.band_of(unit), tile, places) && simple;
+    target.lanes = places_of(op, image, l.band_of(unit), tile, places);
+    const bool finished = target.lanes > 0 && simple;
     target.y = static_cast<float*>(op.y) + places.at[0][0];
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
     const float* x = planes + (l.pointwise ? (whole - first) * tile_step : (l.at(tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);

@@ -148,13 +148,19 @@ FANIN_INLINE void finish(const Target& o, const S& sums, int32_t channel) {
 #pragma GCC unroll 16
   for (int t = 0; t < S::kVectors; ++t) {
     vf v = sums.v[Row * S::kVectors + t] + bias;
-    if (t + 1 == S::kVectors && o.lanes < kLanes) {
-      if (residual) v += load_part(residual + t * kLanes, o.lanes);
-      store_some(y + t * kLanes, clamp(v, floor, ceiling), o.lanes);
-    } else {
-      if (residual) v += load_raw<vf>(residual + t * kLanes);
-      store_raw(y + t * kLanes, clamp(v, floor, ceiling));
-    }
+    if (residual) v += load_raw<vf>(residual + t * kLanes);
+    store_raw(y + t * kLanes, clamp(v, floor, ceiling));
+  }
+}
+
+// The same of sums in memory, the last vector of which is a part.
+[[gnu::noinline]] void finish_part(const Target& o, const float* sums, int vectors, int32_t channel) {
+  const vf bias = splat(o.bias ? o.bias[channel] : 0.0f);
+  const int64_t first = channel * o.pixels, count = (vectors - 1) * kLanes + o.lanes;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    vf v = load_raw<vf>(sums + i) + bias;
+    if (o.residual) v += load_some(o.residual + first + i, count - i);
+    store_some(o.y + first + i, clamp(v, o.floor, o.ceiling), count - i);
   }
 }
 
@@ -219,7 +225,11 @@ void accumulate(Runs& r) {
     if (ends)
       each<R>([&](auto i) __attribute__((always_inline)) {
         // a missing run has the row of the next one, and must not be stored where y is the residual
-        if (i + 1 == R || row[i] != row[i + 1]) finish<i>(target, sums, target.live[row_of(i)]);
+        if (i + 1 < R && row[i] == row[i + 1]) return;
+        const int32_t channel = target.live[row_of(i)];
+        if (target.lanes == kLanes) return finish<i>(target, sums, channel);
+        sums.template store<i>(kept);
+        finish_part(target, kept, P * N, channel);
       });
     else each<R>([&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row_of(i) * kSums); });
   }

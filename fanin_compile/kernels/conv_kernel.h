@@ -228,8 +228,9 @@ void accumulate(Runs& r) {
         if (i + 1 < R && row[i] == row[i + 1]) return;
         const int32_t channel = target.live[row_of(i)];
         if (target.lanes == kLanes) return finish<i>(target, sums, channel);
-        sums.template store<i>(kept);
-        finish_part(target, kept, P * N, channel);
+        float* out = kept + row_of(i) * kSums;                // its own sums, which are done with
+        sums.template store<i>(out);
+        finish_part(target, out, P * N, channel);
       });
     else each<R>([&](auto i) __attribute__((always_inline)) { sums.template store<i>(kept + row_of(i) * kSums); });
   }

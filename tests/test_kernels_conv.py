@@ -298,6 +298,8 @@ def test_inactive_inputs_are_not_read_into_the_result(dtype: torch.dtype) -> Non
             ((64, 256, 1, 1), 56, 3),
             ((70, 30, 1, 1), 7, 1),
         ),
+        # bands of rows, one for each of two or seven threads, in one unit or several; tiles of several blocks of rows
+        *(((64, 64, 3, 3), 14, 1), ((40, 160, 3, 3), 28, 3), ((600, 64, 1, 1), 14, 1)),
     ],
 )
 def test_the_same_bits_for_any_thread_count(shape: tuple[int, ...], size: int, batch: int) -> None:

@@ -23,10 +23,11 @@ from fanin_compile.bench.linear import bench_linear, target
 from fanin_compile.bench.masking import is_hidden, mask_constant_fan_in, maskable
 from fanin_compile.bench.measure import DisagreementError, expect_dependence, geometric_mean, nnz_of, run_case
 from fanin_compile.bench.models import MAKERS, OneInput, make_model
-from fanin_compile.bench.roofline import roofline
+from fanin_compile.bench.roofline import handover_ns, roofline
 from fanin_compile.bench.whole import bench_model
 from fanin_compile.cli import app
 from fanin_compile.errors import OptionError
+from fanin_compile.timing import threads
 from tests.compile_support import any_type
 
 pytestmark = pytest.mark.usefixtures("dynamo")
@@ -287,6 +288,14 @@ def test_targets_and_means() -> None:
     assert target(0.7, 64) == 1.0
     assert target(0.5, 64) is None
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_lines_are_handed_over_between_two_threads_only() -> None:
+    with threads(1):
+        assert handover_ns() is None
+    with threads(2):
+        took = handover_ns()
+    assert took is None or 1 < took < 1e6  # none: the two share a core just now
 
 
 def test_roofline_is_plausible() -> None:

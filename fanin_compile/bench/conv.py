@@ -16,7 +16,7 @@ from fanin_compile.bench.cases import constant_fan_in_mask
 from fanin_compile.bench.contenders import frozen
 from fanin_compile.bench.measure import expect_agreement, geometric_mean
 from fanin_compile.bench.output import Target
-from fanin_compile.bench.roofline import roofline
+from fanin_compile.bench.roofline import handover_ns, roofline
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.ops_conv import gather_conv
 from fanin_compile.packing_conv import pack_conv
@@ -82,6 +82,7 @@ class ConvRow:
         ours_us, ours: likewise.
         ours_other_us: in the other memory format.
         macs_per_ns: useful multiply-adds, over all threads, called in the way that is faster for them.
+        handover_ns: of a cache line, from core to core, before; None for one thread.
         kernel: its size in one dimension.
     """
 
@@ -97,6 +98,7 @@ class ConvRow:
     macs_per_ns: float
     target: float
     kernel: int
+    handover_ns: float | None
 
     @property
     def ratio(self) -> float:
@@ -173,6 +175,7 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
     for key, run in runs.items():
         for y, expected in zip(run(), exact, strict=True):
             expect_agreement(f"{case.name}: {', '.join(key)}", y[:1], expected)
+    handover = handover_ns()
     timings = interleaved(list(runs.values()), seconds)
     us = {key: timing.us / LAYERS for key, timing in zip(runs, timings, strict=True)}
 
@@ -196,6 +199,7 @@ def _row(case: ConvCase, batch: int, count: int, sparsity: float, seconds: float
         macs_per_ns=batch * int(mask.sum()) * case.pixels / (1e3 * least_us),
         target=case.target(batch),
         kernel=case.kernel,
+        handover_ns=handover,
     )
 
 
@@ -227,7 +231,7 @@ def table(rows: Sequence[ConvRow]) -> str:
     """All rows against their targets, then what they amount to against the targets of the whole."""
     headers = ["layer", "threads", "batch", "called"]
     headers += ["dense us", "x and y", "ours us", "x and y", "ours, other"]
-    headers += ["x best dense", "target", "MAC/ns"]
+    headers += ["x best dense", "target", "MAC/ns", "core to core, ns"]
     cells = [
         [
             *(row.name, row.threads, row.batch, row.way, f"{row.dense_us:.0f}", row.dense),
@@ -235,6 +239,7 @@ def table(rows: Sequence[ConvRow]) -> str:
             *(
                 f">= {row.target:g} {'met' if row.ratio >= row.target else 'MISSED'}",
                 f"{row.macs_per_ns:.1f}",
+                "" if row.handover_ns is None else f"{row.handover_ns:.0f}",
             ),
         ]
         for row in rows

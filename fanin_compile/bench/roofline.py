@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -52,6 +53,17 @@ def roofline() -> Roofline:
         bandwidth[size] = max(read(data.data_ptr(), size // 4, rounds) for _ in range(3))
     late, early = (max(gathered(10_000, ahead) for _ in range(3)) for ahead in (False, True))
     return Roofline(max(peak(4_000_000) for _ in range(3)), bandwidth, (late, early))
+
+
+def handover_ns() -> float | None:
+    """Nanoseconds a cache line takes from one thread's core to another's, now; None where there is one thread.
+
+    A virtual machine's cores may share a cache or be moved apart while it runs: what threads share is slower then.
+    """
+    measure = ctypes.CDLL(str(build.load())).fanin_handover_ns
+    measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_int64]
+    ns = [measure(20_000) for _ in range(3)]
+    return None if any(math.isnan(took) for took in ns) else min(ns)
 
 
 def host() -> str:

@@ -16,9 +16,10 @@ from fanin_compile.bench.masking import mask_constant_fan_in, maskable
 from fanin_compile.bench.measure import Row, run_case
 from fanin_compile.bench.models import OneInput, make_model
 from fanin_compile.bench.output import BenchResult
-from fanin_compile.bench.roofline import host
+from fanin_compile.bench.roofline import handover_ns, host
 from fanin_compile.errors import OptionError
 from fanin_compile.explain import explain
+from fanin_compile.timing import threads as using
 
 FROZEN = "fanin max-autotune, frozen"  # layers that stay dense, as a head, are then what the best dense has
 # least ratios aimed at, at 90 % sparsity, by batch
@@ -68,6 +69,8 @@ def bench_model(
             ablated = _ablated(name, case.model, ablate) if ablate else ""
             model = OneInput(case).eval()
             x = next(iter(case.inputs.values()))
+            with using(count):
+                before = handover_ns()
             row = run_case(
                 model,
                 x,
@@ -83,6 +86,12 @@ def bench_model(
             times = time_alone(alone, inputs, threads_used=count, contenders=contenders, seconds=seconds)
             rows.append(replace(row, alone=times))
             where = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+            with using(count):
+                after = handover_ns()
+            if before is not None and after is not None:
+                notes.append(
+                    f"{where}: a cache line took {before:.0f} ns from core to core before, {after:.0f} after"
+                )
             notes += [
                 f"{where}: {door} {row.ratio_of(door):.2f} times as fast as the best dense"
                 for door in ("condensed graph", FROZEN)

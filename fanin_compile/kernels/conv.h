@@ -61,8 +61,6 @@ struct Weave {
 // numbering (z * rows + y) * pitch + x, so that a tap is a constant number of vectors away and every load is aligned.
 // Pointwise layers (1x1x1 without padding): the lanes are consecutive outputs of a group of images.
 struct Layout {
-  static constexpr int64_t kEnoughTiles = 8;
-
   bool pointwise;
   int64_t images;               // of a group
   int64_t bands;                // of spatial layers: Shape's, or 1 where threads share blocks of rows of the weight
@@ -100,6 +98,7 @@ struct Layout {
   int64_t stop(const Tile& t) const { return at(t) + (t.parts - 1) * pitch + t.vectors; }
   // Threads share blocks of rows of the weight, or else the tiles of a unit. Pointwise tiles where there are enough: their pixels
   // are those whose inputs a thread wrote in the layer before.
+  static constexpr int64_t kEnoughTiles = 8;
   bool by_block(int64_t of_weight) const { return of_weight > 1 && !(pointwise && unit_rows >= kEnoughTiles); }
   int64_t parts(int64_t of_weight) const { return by_block(of_weight) ? of_weight : unit_rows; }    // of a unit, at most
   int64_t chunk_channels() const { return chunk + (together > 1); }     // as packed

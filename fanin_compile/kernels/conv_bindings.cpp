@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string_view>
 

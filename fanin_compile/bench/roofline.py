@@ -7,7 +7,9 @@ import functools
 import math
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,14 +38,18 @@ class Roofline:
 WORKING_SETS = tuple(1 << shift for shift in range(14, 27))  # 16 KiB to 64 MiB
 
 
+def _native(name: str, *arguments: type[ctypes._SimpleCData[Any]]) -> Callable[..., float]:
+    """A function of the native library that returns a double."""
+    function = getattr(ctypes.CDLL(str(build.load())), name)
+    function.restype, function.argtypes = ctypes.c_double, arguments
+    return function  # type: ignore[no-any-return]
+
+
 @functools.cache
 def roofline() -> Roofline:
     """Measure this host, in about a second; the best of three of each."""
-    library = ctypes.CDLL(str(build.load()))
-    read = library.fanin_read_bytes_per_ns
-    read.restype, read.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    gathered = library.fanin_gathered_macs_per_ns
-    gathered.restype, gathered.argtypes = ctypes.c_double, [ctypes.c_int64, ctypes.c_bool]
+    read = _native("fanin_read_bytes_per_ns", ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    gathered = _native("fanin_gathered_macs_per_ns", ctypes.c_int64, ctypes.c_bool)
     data = torch.ones(max(WORKING_SETS) // 4)
     bandwidth = {}
     for size in WORKING_SETS:
@@ -55,9 +61,8 @@ def roofline() -> Roofline:
 
 def peak_macs_per_ns() -> float:
     """Peak fp32 multiply-adds of a core per ns, now, in some 20 ms: clocks of a shared host vary by a tenth."""
-    measure = ctypes.CDLL(str(build.load())).fanin_peak_macs_per_ns
-    measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_int64]
-    return max(float(measure(4_000_000)) for _ in range(3))
+    measure = _native("fanin_peak_macs_per_ns", ctypes.c_int64)
+    return max(measure(4_000_000) for _ in range(3))
 
 
 def handover_ns() -> float | None:
@@ -65,8 +70,7 @@ def handover_ns() -> float | None:
 
     A virtual machine's cores may share a cache or be moved apart while it runs: what threads share is slower then.
     """
-    measure = ctypes.CDLL(str(build.load())).fanin_handover_ns
-    measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_int64]
+    measure = _native("fanin_handover_ns", ctypes.c_int64)
     ns = [measure(20_000) for _ in range(3)]
     return None if any(math.isnan(took) for took in ns) else min(ns)
 

@@ -16,8 +16,7 @@ struct Shape {
   int64_t images;               // of a batch, that may share a vector: a power of two, at most kMaxLanes
   int64_t in_channels, out_channels, groups;
   Dims in, kernel, stride, padding, dilation, out;
-  bool shared;                  // units of an image by threads, so that they should be equal
-  int64_t bands;                // of rows of outputs, equal ones, into which an image is cut before all else: a thread's own
+  int64_t sharers;              // threads that one image must keep busy, as the batch alone does not come out even: 1 if it does
   bool operator==(const Shape&) const = default;
 
   int64_t group_channels() const { return in_channels / groups; }
@@ -63,7 +62,7 @@ struct Weave {
 struct Layout {
   bool pointwise;
   int64_t images;               // of a group
-  int64_t bands;                // of spatial layers: Shape's, or 1 where threads share blocks of rows of the weight
+  int64_t bands;                // of rows of outputs, equal ones, into which an image is cut before all else: a thread's own
   Dims blocks;                  // into which a band of an image is cut: with images, kLanes together
   Dims block;                   // outputs of one block
   Dims low;                     // smallest shift of a tap

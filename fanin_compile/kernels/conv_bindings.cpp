@@ -134,11 +134,7 @@ Tensor compute(const Tensor& x, const Tensor& values, const Tensor& structure, c
   conv::Shape shape = shape_of(images, weight_shape, stride, padding, dilation, groups);
   constexpr int64_t kWorthThreads = 1 << 16;    // multiply-adds
   const int64_t threads = images.size(0) * weight.nnz * shape.pixels_out() < kWorthThreads ? 1 : at::get_num_threads();
-  shape.shared = images.size(0) % threads != 0;
-  // a thread's rows lie together, as its pixels of pointwise layers do: few lines of x and y are another core's
-  const int64_t bands = threads / std::gcd(images.size(0), threads);
-  constexpr int64_t kLeastRows = 4;             // of a band, which packs those above and below it, too
-  shape.bands = shape.out[1] % bands == 0 && shape.out[1] >= kLeastRows * bands ? bands : 1;
+  shape.sharers = threads / std::gcd(images.size(0), threads);
   TORCH_CHECK_VALUE(weight.out == shape.out_channels && weight.group_channels == shape.group_channels() &&
                         weight.groups == groups && weight.taps == shape.taps(),
                     "fanin: weight_shape ", weight_shape, " and groups ", groups, " are not those of the packed weight: ",

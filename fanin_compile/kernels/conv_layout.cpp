@@ -99,9 +99,16 @@ void cut_units(Layout& l, int64_t across, bool shared, const F& packed) {
   }
 }
 
+// A thread's rows lie together, as its pixels of pointwise layers do: few lines of x and y are another core's. Not where threads
+// share blocks of rows of the weight, nor where a band would be all halo.
+int64_t bands(const Structure& w, const Shape& s) {
+  constexpr int64_t kLeastRows = 4;
+  return w.blocks == 1 && s.out[1] % s.sharers == 0 && s.out[1] >= kLeastRows * s.sharers ? s.sharers : 1;
+}
+
 bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
-  l.bands = w.blocks > 1 ? 1 : s.bands;
-  const bool shared = s.shared && l.bands == 1;
+  l.bands = bands(w, s);
+  const bool shared = s.sharers > 1 && l.bands == 1;
   Dims span;
   for (int d = 0; d < 3; ++d) {
     int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
@@ -170,7 +177,7 @@ void make_pointwise(const Shape& s, Layout& l) {
   const auto at = [&](int64_t i) { return i * (vectors / tiles) + std::min(i, vectors % tiles); };
   for (int64_t i = 0; i < tiles; ++i) l.tiles.push_back({0, 0, at(i), 1, static_cast<int>(at(i + 1) - at(i))});
   l.plane = l.channel = (l.together == 1 ? std::min(vectors, most) : most) * kLanes;        // codes count by it
-  cut_units(l, 1, s.shared, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
+  cut_units(l, 1, s.sharers > 1, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
 }
 
 }  // namespace
@@ -179,7 +186,6 @@ Shape flatten_pointwise(const Shape& s) {
   constexpr Dims ones{1, 1, 1}, none{0, 0, 0};
   if (s.taps() != 1 || s.stride != ones || s.padding != none) return s;
   Shape flat = s;
-  flat.bands = 1;
   flat.in = flat.out = {1, 1, s.pixels_out()};
   flat.dilation = ones;
   return flat;

@@ -70,9 +70,7 @@ Case random_case() {
     s.in[d] = used ? least + pick({0, 1, 5, 8, 13, d == 0 ? int64_t{2} : int64_t{40}}) : 1;
     s.out[d] = (s.in[d] + 2 * s.padding[d] - s.dilation[d] * (s.kernel[d] - 1) - 1) / s.stride[d] + 1;
   }
-  s.shared = rng() % 2;
-  s.bands = pick({1, 2, 3, 5});
-  if (s.out[1] % s.bands != 0) s.bands = 1;
+  s.sharers = pick({1, 1, 2, 3, 5});
   s.groups = pick({1, 1, 1, 2, 3});
   s.in_channels = s.groups * pick({1, 3, 8, 17, 40}), s.out_channels = s.groups * pick({1, 5, 16, 21});
   c.batch = pick({1, 2, 3, 9}), s.images = c.batch == 9 ? 8 : c.batch > 1 ? 2 : 1;

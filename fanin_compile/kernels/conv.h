@@ -80,6 +80,7 @@ struct Layout {
   std::vector<int32_t> column_inside;           // [kinds][columns][kLanes] all ones, or zero where a lane is padding
   int64_t chunk;                // the weight's
   int together;                 // runs of a visit: 1, or kTogether in narrow tiles
+  bool cheap_loads;             // of this core, which choose the microkernel of runs side by side
 
   int64_t outputs(const Shape& s, int d) const { return d == 1 ? s.out[1] / bands : s.out[d]; }      // of a band
   // First output of block i along dimension d, in its band: the last block overlaps the one before where they do not come out even.

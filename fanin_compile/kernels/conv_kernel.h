@@ -34,14 +34,15 @@ struct Sums {
 #pragma GCC unroll 16
     for (int t = 0; t < kVectors; ++t) store_raw(sums + t * kLanes, v[Row * kVectors + t]);
   }
-  // at: in units of kUnit bytes from x; opaque, so that it is the one index of all addresses
+  // at: in units of kUnit bytes from x; opaque, so that it is the one index of all addresses. Pointer: they have none.
   static constexpr int64_t kUnit = R == 1 ? 1 : kLanes;
-  template <int Row>
+  template <int Row, bool Pointer = false>
   FANIN_INLINE void add(vf weight, const float* x, int64_t at, int64_t gap) {
 #pragma GCC unroll 4
     for (int part = 0; part < P; ++part, at += gap) {
       asm("" : "+r"(at));
       const char* p = reinterpret_cast<const char*>(x) + at * kUnit;
+      if constexpr (Pointer) asm("" : "+r"(p));
 #pragma GCC unroll 16
       for (int t = 0; t < N; ++t) v[Row * kVectors + part * N + t] += weight * load_raw<vf>(p + t * sizeof(vf));
     }
@@ -185,7 +186,8 @@ FANIN_INLINE void request_weights(const float* values, const uint16_t* codes, ui
   if (count > 2 * line / sizeof(float)) request(values + ahead, 2 * line), request(codes + ahead, line);
 }
 
-template <int R, int P, int N>
+// CheapLoads: weights are broadcast from memory one by one, and addresses have no index; see Layout::cheap_loads.
+template <int R, int P, int N, bool CheapLoads = false>
 void accumulate(Runs& r) {
   static_assert(R == 1 || R == 4);
   constexpr int kSums = P * N * kLanes;
@@ -215,10 +217,16 @@ void accumulate(Runs& r) {
     if (fresh) sums.clear();
     else each<R>([&](auto i) __attribute__((always_inline)) { sums.template load<i>(kept + row_of(i) * kSums); });
     for (; left >= 4; left -= 4, w += 4) {
-      const Weights4 weights(w);
-      offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
-        sums.template add<j % R>(weights.pick<j>(), x, static_cast<int64_t>(offset), gap);
-      });
+      if constexpr (CheapLoads) {
+        offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
+          sums.template add<j % R, true>(opaque(splat(w[j])), x, static_cast<int64_t>(offset), gap);
+        });
+      } else {
+        const Weights4 weights(w);
+        offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
+          sums.template add<j % R>(weights.pick<j>(), x, static_cast<int64_t>(offset), gap);
+        });
+      }
     }
     if constexpr (R == 1)
       for (; left > 0; --left, ++w) sums.template add<0>(splat(*w), x, static_cast<int64_t>(offsets.one()), gap);
@@ -246,18 +254,19 @@ constexpr std::array<Kernel, kMaxTile> of_parts(std::integer_sequence<int, N...>
     else return Kernel{};
   }()...};
 }
-template <int... N>
+template <bool CheapLoads, int... N>
 constexpr std::array<Kernel, kNarrow> narrow_tiles(std::integer_sequence<int, N...>) {
-  return {&accumulate<kTogether, 1, N + 1>...};
+  return {&accumulate<kTogether, 1, N + 1, CheapLoads>...};
 }
 
-Kernel kernel(const Tile& tile, int together) {
+Kernel kernel(const Tile& tile, const Layout& l) {
   using All = std::make_integer_sequence<int, kMaxTile>;
   static_assert(kMaxParts == 4);
   static constexpr std::array<std::array<Kernel, kMaxTile>, kMaxParts> wide{
       of_parts<1>(All{}), of_parts<2>(All{}), of_parts<3>(All{}), of_parts<4>(All{})};
-  static constexpr auto narrow = narrow_tiles(std::make_integer_sequence<int, kNarrow>{});
-  return together == 1 ? wide[tile.parts - 1][tile.vectors - 1] : narrow[tile.vectors - 1];
+  using Few = std::make_integer_sequence<int, kNarrow>;
+  static constexpr std::array narrow{narrow_tiles<false>(Few{}), narrow_tiles<true>(Few{})};
+  return l.together == 1 ? wide[tile.parts - 1][tile.vectors - 1] : narrow[l.cheap_loads][tile.vectors - 1];
 }
 
 }  // namespace

@@ -8,7 +8,22 @@
 namespace fanin::conv {
 namespace {
 
-int64_t unit_bytes() { return l2_bytes() / 8 * 5; }             // x packed at a time: with the sums of a block it stays in L2
+// Of x packed at a time: with the sums of a block it stays in L2. What is packed goes through L2 as it is read, too, so that units
+// are no larger than they need to be; but each reads all of the weight again.
+int64_t unit_bytes(const Structure& w) {
+  constexpr int64_t kEnough = 640 << 10, kEntry = sizeof(float) + sizeof(uint16_t);
+  return std::min(l2_bytes() / 8 * 5, std::max(kEnough, w.entries * kEntry));
+}
+
+// Since Golden Cove, Intel's cores load three vectors a cycle, but permute on the ports of FMAs, and split an FMA whose operand has
+// an index in two.
+bool loads_are_cheap() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("intel") && __builtin_cpu_supports("avxvnni");
+#else
+  return false;
+#endif
+}
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,18 +54,18 @@ constexpr double kProduct = kLanes > 8 ? 0.7 : 0.5;           // FMAs that load 
 constexpr double kFar = 6, kFarthest = 5;
 
 // Cycles that an image takes, roughly: what ranks the ways to spread blocks over lanes.
-double cost(const Shape& s, const Layout& l, const Dims& span, double fan_in) {
+double cost(const Structure& w, const Shape& s, const Layout& l, const Dims& span) {
   const int64_t parts = tile_parts(l.block), phases = static_cast<int64_t>(l.phases.size());
   const int64_t tiles = l.block[0] * ceil_div(l.block[1], parts) * ceil_div(l.block[2], tile_vectors(l.block));
   const double outputs = static_cast<double>(l.block[0] * l.block[1] * l.block[2]);
   const double tile = outputs / static_cast<double>(tiles);
   // loads limit products, and a chain takes four cycles for each link; a run loads and stores its sums and ends by surprise
-  const double run = std::max(4.0, kProduct * tile + 0.6) * fan_in + (1.5 * tile + kRun) * static_cast<double>(l.chunks(s));
+  const double run = std::max(4.0, kProduct * tile + 0.6) * w.fan_in() + (1.5 * tile + kRun) * static_cast<double>(l.chunks(s));
   const double storing = tile_vectors(l.block) < kPiece ? kScattering : kStoring;
   // rows of outputs in a unit: the inputs between it and the next one are packed twice
   const int64_t row = l.pitch * kLanes * phases * s.in_channels * int64_t{sizeof(float)};
-  const int64_t rows = std::min(std::max(unit_bytes() / row - span[1], parts), l.block[1]);
-  const double beyond = static_cast<double>((rows + span[1]) * row) / (1.5 * static_cast<double>(unit_bytes()));
+  const int64_t rows = std::min(std::max(unit_bytes(w) / row - span[1], parts), l.block[1]);
+  const double beyond = static_cast<double>((rows + span[1]) * row) / (1.5 * static_cast<double>(unit_bytes(w)));
   // without a step, which would rank what is a little above it behind what is a little below
   const double far = beyond < 1.0 ? std::max(0.0, 3.0 * beyond - 2.0) : std::min(beyond, kFarthest);
   const double packing = kPacking + kFar * far;
@@ -82,13 +97,13 @@ void cut_tiles(Layout& l, bool even) {
       }
 }
 
-// As few units as packed(tiles) bytes allow, of about equal size and whole rows of `across` tiles. Where those do not come out
+// As few units of at most `bytes`, packed(tiles), as possible, of about equal size and whole rows of `across` tiles. Where those do not come out
 // even and threads share them, units end within rows, which are packed twice.
 template <class F>
-void cut_units(Layout& l, int64_t across, bool shared, const F& packed) {
+void cut_units(Layout& l, int64_t across, bool shared, int64_t bytes, const F& packed) {
   const int64_t rows = static_cast<int64_t>(l.tiles.size()) / across;
   int64_t most = 1;
-  while (most < rows && packed((most + 1) * across) <= unit_bytes()) ++most;
+  while (most < rows && packed((most + 1) * across) <= bytes) ++most;
   const int64_t units = ceil_div(rows, most);
   const int64_t step = shared && rows % units != 0 ? 1 : across;
   for (int64_t u = 0; u <= units; ++u) l.unit.push_back(u * (rows * across / step) / units * step);
@@ -137,7 +152,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
       l.images = images;
       l.blocks = {1, kLanes / (images * across), across};
       place(s, span, l);
-      if (const double cycles = cost(s, l, span, w.fan_in()); cycles < least) least = cycles, best = l;
+      if (const double cycles = cost(w, s, l, span); cycles < least) least = cycles, best = l;
     }
   l = best;
 
@@ -152,7 +167,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
     for (int64_t i = first; i < last; ++i) stop = std::max(stop, l.stop(l.tiles[i]));
     return (ceil_div(stop + l.span, l.pitch) - l.at(l.tiles[first]) / l.pitch) * l.pitch * kLanes;
   };
-  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), shared, [&](int64_t tiles) {
+  cut_units(l, ceil_div(l.block[2], tile_vectors(l.block)), shared, unit_bytes(w), [&](int64_t tiles) {
     return floats(0, tiles) * phases * s.in_channels * int64_t{sizeof(float)};
   });
   for (size_t u = 0; u + 1 < l.unit.size(); ++u) l.plane = std::max(l.plane, floats(l.unit[u], l.unit[u + 1]));
@@ -165,7 +180,7 @@ bool make_spatial(const Structure& w, const Shape& s, Layout& l) {
   return true;
 }
 
-void make_pointwise(const Shape& s, Layout& l) {
+void make_pointwise(const Structure& w, const Shape& s, Layout& l) {
   const int64_t pixels = s.pixels_out();
   l.bands = 1, l.blocks = {1, 1, 1}, l.block = s.out;
   l.pitch = l.rows = 1;
@@ -177,7 +192,8 @@ void make_pointwise(const Shape& s, Layout& l) {
   const auto at = [&](int64_t i) { return i * (vectors / tiles) + std::min(i, vectors % tiles); };
   for (int64_t i = 0; i < tiles; ++i) l.tiles.push_back({0, 0, at(i), 1, static_cast<int>(at(i + 1) - at(i))});
   l.plane = l.channel = (l.together == 1 ? std::min(vectors, most) : most) * kLanes;        // codes count by it
-  cut_units(l, 1, s.sharers > 1, [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
+  cut_units(l, 1, s.sharers > 1, unit_bytes(w),
+            [&](int64_t count) { return count * s.in_channels * l.channel * int64_t{sizeof(float)}; });
 }
 
 }  // namespace
@@ -193,10 +209,10 @@ Shape flatten_pointwise(const Shape& s) {
 
 bool make_layout(const Structure& w, const Shape& s, Layout& l) {
   l = Layout{};
-  l.chunk = w.chunk, l.together = static_cast<int>(w.together);
+  l.chunk = w.chunk, l.together = static_cast<int>(w.together), l.cheap_loads = loads_are_cheap();
   l.pointwise = s.taps() == 1 && s.padding == Dims{};
   if (!l.pointwise) return l.together == 1 && make_spatial(w, s, l);
-  make_pointwise(s, l);
+  make_pointwise(w, s, l);
   return true;
 }
 

@@ -186,7 +186,7 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
     target.y = static_cast<float*>(op.y) + places.at[0][0];
     target.residual = op.residual ? static_cast<const float*>(op.residual) + places.at[0][0] : nullptr;
     const float* x = planes + (l.pointwise ? (whole - first) * tile_step : (l.at(tile) - l.at(*first) / l.pitch * l.pitch) * kLanes);
-    const Kernel accumulate = kernel(tile, l.together);
+    const Kernel accumulate = kernel(tile, l);
     for (int64_t block = first_block; block < last_block; ++block) {
       target.live = w.rows() + w.first_row(block);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {

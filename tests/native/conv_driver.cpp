@@ -198,6 +198,7 @@ double worst_excess(const Case& c) {
   const Floats stored(packed.values, value_type);
   conv::Geometry geometry{conv::flatten_pointwise(s), {}};
   if (!conv::make_layout(packed.get(), geometry.shape, geometry.layout)) return INFINITY;
+  geometry.layout.cheap_loads = rng() % 2;      // the microkernels of either kind of core
   conv::Op op{};
   op.weight = &packed.get(), op.geometry = &geometry, op.values = stored.bytes.data(), op.value_type = value_type;
   op.x = x.bytes.data(), op.bias = bias.bytes.data();

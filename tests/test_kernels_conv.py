@@ -375,11 +375,12 @@ print(ops.scratch_nbytes())
 @pytest.mark.parametrize(
     ("case", "most"),
     [
-        # a unit of x, sums of a block, codes of a stage
-        ((1, 64, 64, 56, 3, 1, 1), 4 << 20),
-        ((8, 128, 128, 56, 3, 2, 1), 4 << 20),
-        ((1, 512, 512, 7, 3, 1, 1), 4 << 20),
-        ((8, 2048, 512, 7, 1, 1, 1), 4 << 20),
+        # a unit of x, at most 640 KiB or the weight's size however large L2 is, sums of a block, codes of a stage
+        ((1, 64, 64, 56, 3, 1, 1), 1 << 20),
+        ((1, 256, 64, 56, 1, 1, 1), 1 << 20),
+        ((8, 128, 128, 56, 3, 2, 1), 1 << 20),
+        ((1, 512, 512, 7, 3, 1, 1), 2 << 20),
+        ((8, 2048, 512, 7, 1, 1, 1), 1 << 20),
         # large images: cut into narrower blocks, so that a row of tiles is no more than what stays in the cache
         ((1, 256, 8, 256, 3, 1, 1), 4 << 20),
         ((1, 256, 8, 256, 3, 2, 1), 4 << 20),

@@ -1,4 +1,4 @@
-// The layouts of convolutions, kept between calls: they depend on shapes alone. No torch headers.
+// The layouts of convolutions, kept between calls: they depend on shapes, of the weight and of images. No torch headers.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@ class Geometries {
  public:
   // Null where there is no layout: see make_layout. Shape as flatten_pointwise() gives it.
   std::shared_ptr<const Geometry> find(const Structure& w, const Shape& shape) {
-    const Key key{shape, w.chunk, w.together, w.nnz, w.live};
+    const Key key{shape, w.chunk, w.together, w.nnz, w.live, w.blocks, w.entries};
     const std::lock_guard lock(mutex_);
     for (const Entry& entry : entries_)
       if (entry.key == key) return entry.geometry;
@@ -30,7 +30,7 @@ class Geometries {
 
   struct Key {
     Shape shape;
-    int64_t chunk, together, nnz, live;
+    int64_t chunk, together, nnz, live, blocks, entries;
     bool operator==(const Key&) const = default;
   };
   struct Entry {

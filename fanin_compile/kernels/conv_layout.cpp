@@ -1,4 +1,8 @@
 // Chooses how a convolution is cut: blocks for the lanes, tiles, units and chunks. Derivations: CONV.md.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <limits>
 
@@ -15,11 +19,13 @@ int64_t unit_bytes(const Structure& w) {
   return std::min(l2_bytes() / 8 * 5, std::max(kEnough, w.entries * kEntry));
 }
 
-// Since Golden Cove, Intel's cores load three vectors a cycle, but permute on the ports of FMAs, and split an FMA whose operand has
-// an index in two.
+// Since Golden Cove, the first with AVX-VNNI, Intel's cores load three vectors a cycle, but permute on the ports of FMAs, and split
+// an FMA whose operand has an index in two.
 bool loads_are_cheap() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("intel") && __builtin_cpu_supports("avxvnni");
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvxVnni = 1 << 4;         // of leaf 7, part 1
+  return __builtin_cpu_is("intel") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
 #else
   return false;
 #endif
@@ -97,8 +103,8 @@ void cut_tiles(Layout& l, bool even) {
       }
 }
 
-// As few units of at most `bytes`, packed(tiles), as possible, of about equal size and whole rows of `across` tiles. Where those do not come out
-// even and threads share them, units end within rows, which are packed twice.
+// As few units as `bytes`, that packed(tiles) may be, allow, of about equal size and whole rows of `across` tiles. Where those do not
+// come out even and threads share them, units end within rows, which are packed twice.
 template <class F>
 void cut_units(Layout& l, int64_t across, bool shared, int64_t bytes, const F& packed) {
   const int64_t rows = static_cast<int64_t>(l.tiles.size()) / across;

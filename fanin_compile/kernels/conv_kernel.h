@@ -186,10 +186,19 @@ FANIN_INLINE void request_weights(const float* values, const uint16_t* codes, ui
   if (count > 2 * line / sizeof(float)) request(values + ahead, 2 * line), request(codes + ahead, line);
 }
 
-// CheapLoads: weights are broadcast from memory one by one, and addresses have no index; see Layout::cheap_loads.
+// As Weights4, for cores whose loads are cheap: each is broadcast from memory.
+struct LoadedWeights4 {
+  const float* p;
+  FANIN_INLINE explicit LoadedWeights4(const float* weights) : p(weights) {}
+  template <int J>
+  FANIN_INLINE vf pick() const { return opaque(splat(p[J])); }
+};
+
+// CheapLoads: see Layout::cheap_loads; addresses have no index then, either.
 template <int R, int P, int N, bool CheapLoads = false>
 void accumulate(Runs& r) {
   static_assert(R == 1 || R == 4);
+  using Weights = std::conditional_t<CheapLoads, LoadedWeights4, Weights4>;
   constexpr int kSums = P * N * kLanes;
   const float* w = r.values;
   const uint16_t* row = r.rows;
@@ -217,16 +226,10 @@ void accumulate(Runs& r) {
     if (fresh) sums.clear();
     else each<R>([&](auto i) __attribute__((always_inline)) { sums.template load<i>(kept + row_of(i) * kSums); });
     for (; left >= 4; left -= 4, w += 4) {
-      if constexpr (CheapLoads) {
-        offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
-          sums.template add<j % R, true>(opaque(splat(w[j])), x, static_cast<int64_t>(offset), gap);
-        });
-      } else {
-        const Weights4 weights(w);
-        offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
-          sums.template add<j % R>(weights.pick<j>(), x, static_cast<int64_t>(offset), gap);
-        });
-      }
+      const Weights weights(w);
+      offsets.four([&](auto j, uint64_t offset) __attribute__((always_inline)) {
+        sums.template add<j % R, CheapLoads>(weights.template pick<j>(), x, static_cast<int64_t>(offset), gap);
+      });
     }
     if constexpr (R == 1)
       for (; left > 0; --left, ++w) sums.template add<0>(splat(*w), x, static_cast<int64_t>(offsets.one()), gap);

@@ -23,9 +23,12 @@ int64_t unit_bytes(const Structure& w) {
 // an FMA whose operand has an index in two.
 bool loads_are_cheap() {
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kAvxVnni = 1 << 4;         // of leaf 7, part 1
-  return __builtin_cpu_is("intel") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
+  static const bool cheap = [] {                // asked once: a virtual machine traps the question
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kAvxVnni = 1 << 4;       // of leaf 7, part 1
+    return __builtin_cpu_is("intel") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
+  }();
+  return cheap;
 #else
   return false;
 #endif
@@ -103,7 +106,7 @@ void cut_tiles(Layout& l, bool even) {
       }
 }
 
-// As few units as `bytes`, that packed(tiles) may be, allow, of about equal size and whole rows of `across` tiles. Where those do not
+// As few units as there can be of at most `bytes`, as packed(tiles) tells, of about equal size and whole rows of `across` tiles. Where those do not
 // come out even and threads share them, units end within rows, which are packed twice.
 template <class F>
 void cut_units(Layout& l, int64_t across, bool shared, int64_t bytes, const F& packed) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +22,7 @@ BLOCK_ROWS = (
 )
 _VECTOR = 32  # bytes; a chunk is x of one tile in slightly more than L1: longer runs are worth some misses
 _CHUNK_BYTES = 36 << 10
-_STRIDED_BYTES = (
-    52 << 10
-)  # of strided layers, whose runs would be too short: they read more of x for a product
+_STRIDED_MORE = 8 << 10  # than L1, of strided layers: they read more for a product, runs would be too short
 _NARROW_BYTES = 24 << 10  # where runs go side by side
 _WIDE, _NARROW = 14, 3  # vectors of a tile
 _SHORT_ROW = 12  # non-zeros of a row, on average, below which runs side by side do not pay
@@ -73,12 +73,22 @@ def pack_conv(
     else:
         # vectors of 64 bytes read twice as much of a chunk: for them a longer run is no longer worth the misses
         longer = max(stride) > 1 and torch.backends.cpu.get_cpu_capability() != "AVX512"
-        most = _STRIDED_BYTES if longer else _CHUNK_BYTES
+        most = _l1_bytes() + _STRIDED_MORE if longer else _CHUNK_BYTES
         chunk = most // (_VECTOR * _footprint(shape[2:], stride, padding, dilation))
     channels = max(shape[1] * groups, 1)
     chunk = max(1, min(chunk, channels, MAX_CODE // code_step(taps, together) - 1))
     chunk = math.ceil(channels / math.ceil(channels / chunk))  # as even as can be
     return _Packing.of(weight, groups, chunk, together, block_rows).write()
+
+
+@functools.cache
+def _l1_bytes() -> int:
+    """Of a core's first-level data cache, as the system tells; 32 KiB where it does not."""
+    try:
+        told = os.sysconf("SC_LEVEL1_DCACHE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        told = 0
+    return told if told > 0 else 32 << 10
 
 
 def _footprint(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fanin_compile import packing_conv
 from fanin_compile.condensed import CondensedWeight
 from fanin_compile.errors import FormatError, OptionError
 from fanin_compile.packed import Packed
@@ -166,3 +167,16 @@ def test_unpacking_wants_the_taps_that_were_packed() -> None:
     assert unpack_conv(packed, (2, 3)).shape == (4, 2, 2, 3)
     with pytest.raises(FormatError, match=r"kernel is \(3, 3\), expected 6 taps"):
         unpack_conv(packed, (3, 3))
+
+
+def test_strided_layers_read_more_channels_at_a_time_where_l1_is_larger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """75 vectors of 32 bytes are what a tile of a 3x3 layer of stride 2 reads of a channel; chunks come out even."""
+    weight = CondensedWeight.from_dense(torch.ones(4, 128, 3, 3), torch.ones(4, 128, 3, 3, dtype=torch.bool))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for l1, chunk in ((32 << 10, 16), (48 << 10, 22)):
+        monkeypatch.setattr(packing_conv, "_l1_bytes", lambda l1=l1: l1)
+        packed = pack_conv(weight, **geometry(2, stride=2, padding=1))
+        assert ConvHeader.read(packed.structure).chunk == chunk
+        assert_same_weight(unpack_conv(packed, weight.shape[2:]), weight)

@@ -6,7 +6,7 @@
 #include "vec.h"
 
 namespace fanin {
-inline namespace FANIN_JOIN(bytes, FANIN_VEC_BYTES) {
+inline namespace FANIN_WIDTH {
 
 FANIN_INLINE vf clamp(vf x, float low, float high) { return at_most(at_least(x, splat(low)), splat(high)); }
 

@@ -160,8 +160,10 @@ def _build(sources: list[Path], target: Path) -> None:
         "building the kernels with %s into %s (about 20 s, once)", toolchain().compiler, target.parent
     )
     start = time.perf_counter()
-    # the slowest first: bindings, then by size
-    sources = sorted(sources, key=lambda source: (not _is_binding(source), -source.stat().st_size))
+    # the slowest first: what includes others, bindings, then by size
+    sources = sorted(
+        sources, key=lambda s: (not s.stem.endswith("_half"), not _is_binding(s), -s.stat().st_size)
+    )
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:

@@ -23,13 +23,21 @@ struct Shape {
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t pixels_in() const { return in[0] * in[1] * in[2]; }
   int64_t pixels_out() const { return out[0] * out[1] * out[2]; }
+  bool pointwise() const { return taps() == 1 && padding == Dims{}; }
 };
 
 inline constexpr int64_t kMaxLanes = 16;        // of the widest vector; images beyond it cannot share one
 
 // 1x1x1 at stride 1 without padding does not see the shape of the image: the pixels become one row. Other strides choose
 // among the pixels of the input.
-Shape flatten_pointwise(const Shape& shape);
+inline Shape flatten_pointwise(const Shape& s) {
+  constexpr Dims ones{1, 1, 1}, none{0, 0, 0};
+  if (s.taps() != 1 || s.stride != ones || s.padding != none) return s;
+  Shape flat = s;
+  flat.in = flat.out = {1, 1, s.pixels_out()};
+  flat.dilation = ones;
+  return flat;
+}
 
 // `parts` rows of `vectors` outputs, from output (z, y, x) of a block; of a pointwise layer, from vector x.
 struct Tile {
@@ -145,15 +153,14 @@ struct Structure {
   const uint16_t* codes() const { return at<uint16_t>(codes_at); }      // [entries]
 };
 
+struct Kernels;
+
 // All that depends on the image.
 struct Geometry {
   Shape shape;                  // flattened if pointwise
-  Layout layout;
+  const Kernels* kernels;
+  Layout layout;                // theirs
 };
-
-// Shape as flatten_pointwise() gives it. False if the weight is packed for pointwise layers only and this is none, or if a
-// chunk of x exceeds what offsets of 32 bits reach.
-bool make_layout(const Structure& weight, const Shape& shape, Layout& layout);
 
 // y = act(conv(x) + bias + residual)
 struct Op {
@@ -168,35 +175,30 @@ struct Op {
   Act act;
 };
 
-// Floats of scratch that a run() needs on its thread.
-int64_t scratch_floats(const Op& op);
 // What of a unit one thread computes: of its `parts` equal parts of blocks of rows, or of its tiles' rows where there is one block.
 struct Part {
   int64_t part, parts;
 };
-// The group of images that starts at `image`, one unit of their tiles.
-void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch);
-// The output channels that no row reaches, of one image.
-void run_dead(const Op& op, int64_t image);
 
-// ---- parts -----------------------------------------------------------------------------------------------------------
-
-inline constexpr int64_t kLine = 64 / sizeof(float);          // floats of a cache line
-inline constexpr int64_t kChannelsAhead = 3;                  // channels lie far apart: their pixels are requested early
-// Spatial layers: Layout's tables for it, and the packing itself, of what rows of outputs read, numbered as in Weave::Row.
-void make_weaves(const Shape& shape, Layout& layout);
-void weave(const Op& op, int64_t image, int64_t unit, Range outputs, float* planes);
-// x of a unit. Spatial: what these rows of outputs read, [in_channels][Layout::channel], from the first position of the unit's
-// first row. Pointwise: of these tiles, [tile][chunk][channels of it, and one of zeros behind them if rows go side by side][Layout::channel].
-void pack(const Op& op, int64_t image, int64_t unit, Range tiles, Range outputs, float* planes);
-int64_t pack_floats(const Geometry& geometry);  // that it needs, for planes and itself
-
-// Where the outputs of a tile stand in y: the element of output channel 0, or -1 for lanes beyond the image or the batch.
-struct Places {
-  int64_t at[kMaxTile][kMaxLanes];
-  int64_t channel;              // elements from one output channel to the next
+// The kernels on vectors of one width.
+struct Kernels {
+  int64_t lanes;                // of a vector
+  // Shape as flatten_pointwise() gives it. False if the weight is packed for pointwise layers only and this is none, or if a
+  // chunk of x exceeds what offsets of 32 bits reach.
+  bool (*make_layout)(const Structure& weight, const Shape& shape, Layout& layout);
+  // Floats of scratch that a run() needs on its thread.
+  int64_t (*scratch_floats)(const Op& op);
+  // The group of images that starts at `image`, one unit of their tiles.
+  void (*run)(const Op& op, int64_t image, int64_t unit, Part part, float* scratch);
+  // The output channels that no row reaches, of one image.
+  void (*run_dead)(const Op& op, int64_t image);
 };
-// Rows [first, last) of the live ones, sums[last - first][tile].
-void store(const Op& op, const Tile& tile, const Places& places, const float* sums, int64_t first, int64_t last);
+const Kernels& whole_kernels();
+const Kernels* half_kernels();                                // null where there are no vectors of AVX-512 to halve
+// The faster ones on this core.
+const Kernels& kernels_for(const Shape& shape);
+// Since Golden Cove, the first with AVX-VNNI, Intel's cores load three vectors a cycle, but permute on the ports of FMAs, and split
+// an FMA whose operand has an index in two.
+bool loads_are_cheap();
 
 }  // namespace fanin::conv

@@ -96,24 +96,25 @@ int64_t split_of(int64_t items, int64_t most, int64_t threads) {
 
 void run(const conv::Op& op, int64_t threads) {
   const conv::Layout& l = op.geometry->layout;
+  const conv::Kernels& kernels = *op.geometry->kernels;
   const conv::Structure& w = *op.weight;
   const int64_t items = (op.batch + l.images - 1) / l.images * l.units(), split = split_of(items, l.parts(w.blocks), threads);
   const auto spread = [&](int64_t count, const auto& f) {
     if (count <= 1 || threads == 1) f(0, count);
     else at::parallel_for(0, count, 1, f);
   };
-  const int64_t floats = conv::scratch_floats(op);
+  const int64_t floats = kernels.scratch_floats(op);
   if (w.live > 0)
     spread(items * split, [&](int64_t from, int64_t to) {
       float* scratch = fanin::scratch(floats);
       for (int64_t i = from; i < to; ++i) {
         const int64_t part = i % split, unit = i / split % l.units(), image = i / split / l.units() * l.images;
-        conv::run(op, image, unit, {part, split}, scratch);
+        kernels.run(op, image, unit, {part, split}, scratch);
       }
     });
   if (w.live < w.out)
     spread(op.batch, [&](int64_t from, int64_t to) {
-      for (int64_t image = from; image < to; ++image) conv::run_dead(op, image);
+      for (int64_t image = from; image < to; ++image) kernels.run_dead(op, image);
     });
 }
 
@@ -150,7 +151,7 @@ Tensor compute(const Tensor& x, const Tensor& values, const Tensor& structure, c
   const at::MemoryFormat format = format_of(images);
   const Tensor given = into.defined() && unbatched ? at::unsqueeze(into, 0) : into;
   // spatial layers compute the pixels twice where their blocks overlap: they must not write what they read
-  const bool in_place = given.defined() && shape.taps() == 1 && shape.padding == conv::Dims{} && fits(given, sizes, x, format);
+  const bool in_place = given.defined() && shape.pointwise() && fits(given, sizes, x, format);
   Tensor y = in_place ? given : fanin::empty_output(sizes, x.scalar_type(), format);
   if (y.numel() != 0) {
     // none: packed for pointwise layers only, or a chunk of x is beyond 32-bit offsets

@@ -19,7 +19,8 @@ class Geometries {
       if (entry.key == key) return entry.geometry;
     auto made = std::make_shared<Geometry>();
     made->shape = shape;
-    if (!make_layout(w, shape, made->layout)) made = nullptr;
+    made->kernels = &kernels_for(shape);
+    if (!made->kernels->make_layout(w, shape, made->layout)) made = nullptr;
     if (entries_.size() == kMost) entries_.erase(entries_.begin(), entries_.begin() + kMost / 2);
     entries_.push_back({key, made});
     return made;

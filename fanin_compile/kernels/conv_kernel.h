@@ -7,11 +7,11 @@
 #include <utility>
 
 #include "activation.h"
-#include "conv.h"
+#include "conv_parts.h"
 #include "planar_store.h"
 #include "vec.h"
 
-namespace fanin::conv {
+namespace fanin::conv::FANIN_WIDTH {
 namespace {
 
 // Sums of R rows in a tile of P parts of N vectors, which are `gap` floats apart in x.
@@ -273,4 +273,4 @@ Kernel kernel(const Tile& tile, const Layout& l) {
 }
 
 }  // namespace
-}  // namespace fanin::conv
+}  // namespace fanin::conv::bytesN

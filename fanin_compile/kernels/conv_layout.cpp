@@ -1,15 +1,10 @@
 // Chooses how a convolution is cut: blocks for the lanes, tiles, units and chunks. Derivations: CONV.md.
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <limits>
 
-#include "conv.h"
-#include "vec.h"
+#include "conv_parts.h"
 
-namespace fanin::conv {
+namespace fanin::conv::FANIN_WIDTH {
 namespace {
 
 // Of x packed at a time: with the sums of a block it stays in L2. What is packed goes through L2 as it is read, too, so that units
@@ -17,21 +12,6 @@ namespace {
 int64_t unit_bytes(const Structure& w) {
   constexpr int64_t kEnough = 640 << 10, kEntry = sizeof(float) + sizeof(uint16_t);
   return std::min(l2_bytes() / 8 * 5, std::max(kEnough, w.entries * kEntry));
-}
-
-// Since Golden Cove, the first with AVX-VNNI, Intel's cores load three vectors a cycle, but permute on the ports of FMAs, and split
-// an FMA whose operand has an index in two.
-bool loads_are_cheap() {
-#if defined(__x86_64__)
-  static const bool cheap = [] {                // asked once: a virtual machine traps the question
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kAvxVnni = 1 << 4;       // of leaf 7, part 1
-    return __builtin_cpu_is("intel") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
-  }();
-  return cheap;
-#else
-  return false;
-#endif
 }
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
@@ -207,22 +187,13 @@ void make_pointwise(const Structure& w, const Shape& s, Layout& l) {
 
 }  // namespace
 
-Shape flatten_pointwise(const Shape& s) {
-  constexpr Dims ones{1, 1, 1}, none{0, 0, 0};
-  if (s.taps() != 1 || s.stride != ones || s.padding != none) return s;
-  Shape flat = s;
-  flat.in = flat.out = {1, 1, s.pixels_out()};
-  flat.dilation = ones;
-  return flat;
-}
-
 bool make_layout(const Structure& w, const Shape& s, Layout& l) {
   l = Layout{};
   l.chunk = w.chunk, l.together = static_cast<int>(w.together), l.cheap_loads = loads_are_cheap();
-  l.pointwise = s.taps() == 1 && s.padding == Dims{};
+  l.pointwise = s.pointwise();
   if (!l.pointwise) return l.together == 1 && make_spatial(w, s, l);
   make_pointwise(w, s, l);
   return true;
 }
 
-}  // namespace fanin::conv
+}  // namespace fanin::conv::bytesN

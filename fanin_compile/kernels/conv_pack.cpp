@@ -1,11 +1,11 @@
 // Copies x to where the kernel reads it; of a pointwise layer, compact tiles of pixels.
 #include <algorithm>
 
-#include "conv.h"
+#include "conv_parts.h"
 #include "dispatch.h"
 #include "vec.h"
 
-namespace fanin::conv {
+namespace fanin::conv::FANIN_WIDTH {
 namespace {
 
 // Vectors of pixels of channel 0, from element `at` on: consecutive ones, or a single vector of every second one.
@@ -136,4 +136,4 @@ void pack(const Op& op, int64_t image, int64_t unit, Range tiles, Range outputs,
   with_dtype(op.x_type, [&](auto zero) { pack_pixels<decltype(zero)>(op, image, tiles, planes); });
 }
 
-}  // namespace fanin::conv
+}  // namespace fanin::conv::bytesN

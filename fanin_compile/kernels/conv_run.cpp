@@ -3,12 +3,12 @@
 #include <bit>
 #include <limits>
 
-#include "conv.h"
+#include "conv_parts.h"
 #include "conv_kernel.h"
 #include "dispatch.h"
 #include "vec.h"
 
-namespace fanin::conv {
+namespace fanin::conv::FANIN_WIDTH {
 namespace {
 
 // The lanes of a tile in y. If they are consecutive elements, the lanes of its last vector that there are, or else none.
@@ -215,4 +215,15 @@ void run(const Op& op, int64_t image, int64_t unit, Part part, float* scratch) {
   }
 }
 
+namespace {
+constexpr Kernels kKernels{kLanes, make_layout, scratch_floats, run, run_dead};
+}  // namespace
+}  // namespace fanin::conv::bytesN
+
+namespace fanin::conv {
+#if defined(FANIN_HALVED)
+const Kernels* half_kernels() { return &kKernels; }
+#else
+const Kernels& whole_kernels() { return kKernels; }
+#endif
 }  // namespace fanin::conv

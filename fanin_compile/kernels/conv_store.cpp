@@ -3,11 +3,11 @@
 #include <utility>
 
 #include "activation.h"
-#include "conv.h"
+#include "conv_parts.h"
 #include "dispatch.h"
 #include "vec.h"
 
-namespace fanin::conv {
+namespace fanin::conv::FANIN_WIDTH {
 namespace {
 
 constexpr int64_t kRowsAhead = 4;               // output channels lie far apart: their lines are requested early
@@ -214,4 +214,4 @@ void run_dead(const Op& op, int64_t image) {
   with_types(op, [&](auto act, auto x) { dead<decltype(act)::value, decltype(x)>(op, image); });
 }
 
-}  // namespace fanin::conv
+}  // namespace fanin::conv::bytesN

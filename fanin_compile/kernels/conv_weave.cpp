@@ -1,11 +1,11 @@
 // Packs x of a spatial layer: rows of pixels are woven into vectors, a block for each lane.
 #include <algorithm>
 
-#include "conv.h"
+#include "conv_parts.h"
 #include "dispatch.h"
 #include "vec.h"
 
-namespace fanin::conv {
+namespace fanin::conv::FANIN_WIDTH {
 namespace {
 
 int64_t image_of(const Layout& l, int64_t lane) { return lane / (l.blocks[1] * l.blocks[2]); }
@@ -226,4 +226,4 @@ void weave(const Op& op, int64_t image, int64_t unit, Range outputs, float* plan
   });
 }
 
-}  // namespace fanin::conv
+}  // namespace fanin::conv::bytesN

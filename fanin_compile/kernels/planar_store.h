@@ -9,6 +9,7 @@
 #include "vec.h"
 
 namespace fanin {
+inline namespace FANIN_WIDTH {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -68,4 +69,5 @@ inline void activate_all(Act act, float* y, int64_t count) {
   });
 }
 
+}  // namespace bytesN
 }  // namespace fanin

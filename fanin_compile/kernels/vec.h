@@ -23,7 +23,7 @@
 #endif
 #endif
 
-// linear_tiles_half.cpp compiles the kernels of tiles a second time, on half the registers of AVX-512.
+// linear_tiles_half.cpp and conv_half.cpp compile their kernels a second time, on half the registers of AVX-512.
 #if defined(FANIN_HALF_VECTORS) && FANIN_VEC_BYTES == 64
 #define FANIN_HALVED
 #undef FANIN_VEC_BYTES
@@ -33,9 +33,10 @@
 #define FANIN_INLINE inline __attribute__((always_inline))
 #define FANIN_JOIN_(a, b) a##b
 #define FANIN_JOIN(a, b) FANIN_JOIN_(a, b)
+#define FANIN_WIDTH FANIN_JOIN(bytes, FANIN_VEC_BYTES)
 
 namespace fanin {
-inline namespace FANIN_JOIN(bytes, FANIN_VEC_BYTES) {        // names of two widths in one library are different names
+inline namespace FANIN_WIDTH {               // names of two widths in one library are different names
 
 template <class T, int N>
 struct VecOf {

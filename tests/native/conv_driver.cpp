@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "conv_cores.cpp"
 #include "conv_layout.cpp"
 #include "conv_pack.cpp"
 #include "conv_run.cpp"
@@ -101,7 +102,7 @@ struct Packed {
 
   Packed(const Case& c, const std::vector<float>& dense_values) {
     const conv::Shape& s = c.shape;
-    const bool pointwise = s.taps() == 1 && s.padding == conv::Dims{};
+    const bool pointwise = s.pointwise();
     conv::Structure& h = header;
     h.version = conv::Structure::kVersion;
     h.out = s.out_channels, h.group_channels = s.group_channels(), h.groups = s.groups, h.taps = s.taps();
@@ -196,15 +197,17 @@ double worst_excess(const Case& c) {
 
   const Packed packed(c, values.exact);
   const Floats stored(packed.values, value_type);
-  conv::Geometry geometry{conv::flatten_pointwise(s), {}};
-  if (!conv::make_layout(packed.get(), geometry.shape, geometry.layout)) return INFINITY;
+  const conv::Kernels* half = conv::half_kernels();
+  const conv::Kernels& kernels = half && rng() % 2 ? *half : conv::whole_kernels();
+  conv::Geometry geometry{conv::flatten_pointwise(s), &kernels, {}};
+  if (!kernels.make_layout(packed.get(), geometry.shape, geometry.layout)) return INFINITY;
   geometry.layout.cheap_loads = rng() % 2;      // the microkernels of either kind of core
   conv::Op op{};
   op.weight = &packed.get(), op.geometry = &geometry, op.values = stored.bytes.data(), op.value_type = value_type;
   op.x = x.bytes.data(), op.bias = bias.bytes.data();
   op.residual = rng() % 2 ? residual.bytes.data() : nullptr, op.y = y.data(), op.batch = c.batch;
   op.x_type = x_type, op.channels_last = last, op.act = rng() % 2 ? Act::relu : Act::none;
-  const int64_t split = pick({1, 2, 3}), floats = conv::scratch_floats(op);
+  const int64_t split = pick({1, 2, 3}), floats = kernels.scratch_floats(op);
   for (int64_t part = 0; part < split; ++part) {
     const auto free_it = [](float* p) { std::free(p); };
     const std::unique_ptr<float, decltype(free_it)> scratch(
@@ -212,9 +215,9 @@ double worst_excess(const Case& c) {
     std::fill_n(scratch.get(), floats, NAN);
     for (int64_t image = 0; image < c.batch; image += geometry.layout.images)
       for (int64_t unit = 0; unit < geometry.layout.units(); ++unit)
-        conv::run(op, image, unit, {part, split}, scratch.get());
+        kernels.run(op, image, unit, {part, split}, scratch.get());
   }
-  for (int64_t image = 0; image < c.batch; ++image) conv::run_dead(op, image);
+  for (int64_t image = 0; image < c.batch; ++image) kernels.run_dead(op, image);
 
   const auto at = [&](int64_t image, int64_t channel, int64_t pixel, int64_t channels, int64_t pixels) {
     return last ? (image * pixels + pixel) * channels + channel : (image * channels + channel) * pixels + pixel;

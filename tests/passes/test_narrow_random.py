@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,6 +141,11 @@ PROGRAMS = st.lists(
 
 
 @settings(deadline=None, max_examples=40)
+@example(  # one output of 0.07 beside those of 242: off by 2e-5, with fp64 in between
+    [("add", 0, 0), ("add", 1, 0), ("reversed", 0, 0), ("add", 1, 18), ("add", 1, 18), ("relu", 0, 0)],
+    285,
+    [False] * 7 + [True],
+)
 @given(PROGRAMS, st.integers(0, 10_000), st.lists(st.booleans(), min_size=8, max_size=8))
 def test_a_program_computes_what_it_did(
     steps: list[tuple[str, int, int]], seed: int, dense: list[bool]
